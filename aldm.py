@@ -117,6 +117,16 @@ class TextEncoder(TextTransformer):
         return self.pooled(ids.to(self.positional_embedding.device))
 
 
+def pick_device(name=None):
+    """--device: "cpu", "cuda", "cuda:1" -> the same; None: cuda if there is one. InputError if there is none such."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not (found := re.fullmatch(r"cpu|cuda(?::(\d+))?", name)):
+        raise InputError(f"--device {name}: must be cpu or cuda")
+    if name != "cpu" and int(found[1] or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: no such CUDA device here; use --device cpu")
+    return name
+
+
 def whiten(table):
     """[N+1,C] -> the nearest table whose rows, but for their mean, are orthogonal; entries of unit size."""
     U, _, V = torch.linalg.svd(table.double() - table.double().mean(0), full_matrices=False)

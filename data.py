@@ -36,6 +36,11 @@ class InputError(Exception):
     """A file or an argument that cannot be used. Its text says what is wrong, where, and what to do."""
 
 
+def refuse(message):
+    """What the command lines do with wrong arguments (argparse's `error`): one line, without the usage."""
+    raise InputError(message)
+
+
 # ---- Class tables: names, palettes (six hex digits a class) and file ids, as their publishers give them.
 
 CITYSCAPES_NAMES = """
@@ -810,10 +815,11 @@ def main():
     parser.add_argument("--n", type=int, help="how many pairs (2000 for train, 256 for val)")
     parser.add_argument("--domains", default="day", help=f"comma-separated, out of {','.join(DOMAINS)}")
     parser.add_argument("--show", metavar="FILE", help="write a picture: eight layouts in five domains")
-    args = parser.parse_args()
-    if not (args.write_toy or args.show) or args.n is not None and args.n < 1:
-        parser.error("give --write-toy DIR or --show FILE, and no --n below 1")
+    parser.error = refuse
     try:
+        args = parser.parse_args()
+        if not (args.write_toy or args.show) or args.n is not None and args.n < 1:
+            refuse("give --write-toy DIR or --show FILE, and no --n below 1")
         if args.write_toy:
             write_toy(args.write_toy, args.format, args.split, args.n, tuple(args.domains.split(",")))
         if args.show:

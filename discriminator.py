@@ -210,7 +210,8 @@ def test_segmenter(net, dataset, num_classes, device="cpu"):
 def main():
     import argparse
     import sys
-    from data import DOMAINS, InputError, Toy, batches, open_dataset
+    from pathlib import Path
+    from data import DOMAINS, InputError, Toy, batches, open_dataset, refuse
     p = argparse.ArgumentParser(description="Train the UperNet as a plain segmenter, and test it.")
     p.add_argument("--data", default="toy", help="toy, cityscapes, ade20k, coco, or a folder; toy:night is one domain")
     p.add_argument("--root", help="the folder of --data")
@@ -222,13 +223,17 @@ def main():
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--lr", type=float, default=0.02)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", help="cpu or cuda (default: cuda if there)")
     p.add_argument("--out", default="segmenter.pt", help="where the weights go (sample.py --evaluate --judge FILE)")
-    args = p.parse_args()
+    p.error = refuse
     try:
+        args = p.parse_args()
         if min(args.steps, args.batch) < 1:
             raise InputError("--steps and --batch: whole numbers from 1")
-        from aldm import PRESETS, atomic
+        if not Path(args.out).resolve().parent.is_dir():
+            raise InputError(f"--out {args.out}: there is no such folder")
+        from aldm import PRESETS, atomic, pick_device
+        args.device = pick_device(args.device)
         preset = PRESETS[args.preset or ("toy" if args.data.startswith("toy") else "sd15")]
         size = args.size or preset.size
 

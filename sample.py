@@ -35,9 +35,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from aldm import (ALDM, JUDGE, PRESETS, atomic, base_file, load_frozen, load_into, load_segmenter, load_weights,
-                  read_adapter)
+                  pick_device, read_adapter)
 from data import (DOMAINS, IGNORE, PHRASES, Classes, InputError, class_table, colorize, compose_caption, open_dataset,
-                  read_captions, read_layout, toy_scene)
+                  read_captions, read_layout, refuse, toy_scene)
 from discriminator import Classifier, UperNet, confusion_matrix, mean_iou
 from unet import OFT
 
@@ -754,17 +754,11 @@ def parse_args(argv=None):
     add("--serve", action="store_true", help="a page on localhost to paint layouts on")
     add("--port", type=whole(0, 65535), default=8000, help="of --serve (default: %(default)s)")
 
-    def fail(message):                                              # one line, without the usage
-        raise InputError(message)
-    p.error = fail
+    p.error = refuse
     args = p.parse_args(argv)
     if not (args.layout or args.layouts or args.evaluate or args.bench or args.serve):
         raise InputError("nothing to do: give --layout FILE, --layouts DIR|SPLIT, --evaluate, --bench or --serve")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not (found := re.fullmatch(r"cpu|cuda(?::(\d+))?", args.device)):
-        raise InputError(f"--device {args.device}: must be cpu or cuda")
-    if args.device != "cpu" and int(found[1] or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {args.device}: no such CUDA device here: use --device cpu")
+    args.device = pick_device(args.device)
     args.n = args.n or (4 if args.evaluate else 1)
     args.prompts = args.prompts or (["{caption}"] if args.layouts else None)
     return args

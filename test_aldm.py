@@ -332,7 +332,7 @@ def tiny_model(adapter="controlnet", hint="classes", seed=0):
 def scene():
     torch.manual_seed(1)
     label = torch.stack([torch.from_numpy(data.toy_scene(i)[1]).long() for i in range(2)])
-    return SimpleNamespace(label=label, x=torch.randn(2, 8, 16, 16), t=torch.tensor([1, 700]), words=["a street", "at night"])
+    return SimpleNamespace(label=label, x=torch.randn(2, 16, 16, 16), t=torch.tensor([1, 700]), words=["a street", "at night"])
 
 
 ADAPTERS = [("controlnet", "classes"), ("controlnet", "color"), ("t2i", "color"), ("oft", "classes")]
@@ -993,6 +993,34 @@ def test_base_model_is_looked_up_where_it_may_be(tmp_path, monkeypatch):
     assert len(asked) == 1
 
 
+# -- a plain segmenter on real and synthetic data -----------------------------------------------------------------------
+
+
+def test_segmenter_command(tmp_path):
+    """Trained on a day and on an extra folder, tested per domain; the weights can judge afterwards."""
+    write_toy(tmp_path / "night", "path", "train", 16, ("night",))
+    out = run("discriminator.py", "--data", "toy", "--extra", tmp_path / "night", "--test", "toy:day", "toy:night",
+              "--steps", 60, "--device", "cpu", "--out", tmp_path / "segmenter.pt", "--seed", 3)
+    figures = {line.split(":")[1]: float(line.split("mIoU ")[1].split()[0]) for line in out.splitlines() if "mIoU" in line}
+    assert figures["day"] > 0.15 and figures["night"] > 0.1 and "road 0." in out       # (random: 0.03)
+    net = UperNet(20, **PRESETS["toy"].segmenter)
+    load_segmenter([tmp_path / "segmenter.pt"], net, class_table("toy"))
+
+
+@pytest.mark.parametrize("flags,word", [
+    ("--data nowhere", "nowhere"), ("--extra other", "1 classes are not the 19"), ("--steps 0", "--steps"),
+    ("--data toy:dusk", "dusk"), ("--out no/where/s.pt", "no/where")])
+def test_segmenter_command_refuses(flags, word, tmp_path):
+    for kind in ("images", "labels"):
+        (tmp_path / "other" / kind).mkdir(parents=True)
+        Image.new("L", (64, 64)).save(tmp_path / "other" / kind / "a.png")
+    (tmp_path / "other" / "classes.txt").write_text("thing\n")
+    done = subprocess.run([sys.executable, HERE / "discriminator.py", "--device", "cpu", *flags.split()], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and word in done.stderr, done.stderr
+    assert not list(tmp_path.glob("*.pt"))
+
+
 # -- layouts and data sets --------------------------------------------------------------------------------------------
 
 
@@ -1507,7 +1535,7 @@ def test_an_image_depends_on_its_own_seed_alone(toy_model, eta):
 def test_generate_pads_with_void_and_crops_back(toy_model):
     label, seen = torch.from_numpy(Toy("val", length=1).labels)[:, :40, :50], []
     images = sample.generate(toy_model, label, ["x"], [0], steps=2, on_step=lambda i, x0_hat: seen.append(x0_hat.shape))
-    assert images.shape == (1, 40, 50, 3) and seen == [(1, 8, 12, 16)] * 2
+    assert images.shape == (1, 40, 50, 3) and seen == [(1, 16, 12, 16)] * 2
     padded = torch.full((1, 48, 64), IGNORE)
     padded[:, :40, :50] = label
     assert np.array_equal(images, sample.generate(toy_model, padded, ["x"], [0], steps=2)[:, :40, :50])
@@ -2389,6 +2417,92 @@ def test_accumulated_batches_are_one_batch(trainee):
     assert near(joint, parted) and not near(joint, half)
 
 
+def slow_step(model, D, batch, args):
+    """Sec. 3 as it is written, with none of our savings: the class embeddings looked up pixel by pixel, a graph through
+    the whole UNet, every estimate decoded and judged on its own, loops over images and classes, a second pass for D's
+    fakes. -> losses, gradients of the adapter, gradients of D"""
+    label, x0, context = batch["label"], batch["x0"], batch["context"]
+    a, timesteps = model.schedule.alphas_cumprod, model.schedule.ddim_timesteps(args.ddim_steps).tolist()
+    noise = torch.randn_like(x0)                                    # the same draws, in the same order
+    start = torch.randint(args.unroll, args.ddim_steps, (len(x0),)).tolist()
+    embeddings = model.layout.table[label.where(label != IGNORE, 19)].permute(0, 3, 1, 2)           # [B,C,H,W]
+    hint = F.avg_pool2d(embeddings, 2)
+    model.unet.requires_grad_(True)
+
+    def eps_of(x, t):
+        control = model.adapter(x, t, context, hint)
+        return model.unet(x, t, context, control=control)
+
+    def balanced(logits, label):            # 1/C times the mean over the classes present of the class's mean CE
+        ce = -F.log_softmax(logits, 1).gather(1, label.where(label != IGNORE, 0)[:, None])[:, 0]
+        present = [c for c in range(19) if (label == c).any()]
+        n, maps = (label != IGNORE).sum(), torch.zeros_like(ce)
+        for c in present:
+            maps = maps + ce * (label == c) * n / ((label == c).sum() * len(present) * logits.shape[1])
+        return maps, maps.sum() / n
+
+    def chain():
+        x, estimates = [], []
+        for i in range(len(x0)):
+            t = timesteps[start[i]]
+            x.append(a[t].sqrt() * x0[i] + (1 - a[t]).sqrt() * noise[i])
+        for k in range(args.unroll + 1):
+            t = [timesteps[s - k] for s in start]
+            eps = eps_of(torch.stack(x), torch.tensor(t))
+            first = eps if k == 0 else first
+            x0_hat = [(x[i] - (1 - a[t[i]]).sqrt() * eps[i]) / a[t[i]].sqrt() for i in range(len(x))]
+            estimates.append(torch.stack(x0_hat))
+            if k < args.unroll:
+                prev = [timesteps[s - k - 1] for s in start]
+                x = [a[p].sqrt() * x0_hat[i] + (1 - a[p]).sqrt() * eps[i] for i, p in enumerate(prev)]
+                x = [v.detach() for v in x] if args.unroll_grad != "full" else x
+        return first, estimates
+
+    def judge(estimate):
+        images = torch.cat([model.vae.decode(z[None]).clamp(-1, 1) for z in estimate])
+        logits = torch.cat([D(image[None]) for image in images])
+        return balanced(logits, label)
+
+    eps, estimates = chain()
+    maps = [judge(estimate)[0] for estimate in estimates]
+    mean = torch.stack(maps).mean(0)
+    if args.unroll_grad == "first":
+        mean = maps[0] / maps[0].detach().clamp(min=1e-12) * mean.detach()
+    noise_loss, adv = ((eps - noise) ** 2).mean(), mean.sum() / (label != IGNORE).sum()
+    (noise_loss + args.lambda_adv * adv).backward()
+    grads = [p.grad.clone() for p in model.adapter.parameters()]
+
+    with torch.no_grad():
+        fakes = model.vae.decode(chain()[1][0]).clamp(-1, 1)
+        real = model.vae.decode(x0).clamp(-1, 1)
+    D.train().requires_grad_(True)
+    real_logits, fake_logits = D(torch.cat([real, fakes])).chunk(2)
+    d_real, d_fake = balanced(real_logits, label)[1], -F.log_softmax(fake_logits, 1)[:, 19].mean()
+    (d_real + args.fake_weight * d_fake).backward()
+    losses = {"noise": noise_loss, "adv": adv, "D_real": d_real, "D_fake": d_fake}
+    return losses, grads, [p.grad for p in D.parameters()]
+
+
+@pytest.mark.parametrize("mode", ["first", "each", "full"])
+def test_a_step_computes_what_the_paper_says(mode):
+    """The fast step has the losses and gradients of the plain, slow one."""
+    seen, (model, D, opt_g, opt_d, batch) = {}, make_trainee()
+    for p in model.adapter.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    slow_model, slow_D, args = copy.deepcopy(model), copy.deepcopy(D), setting(unroll=2, unroll_grad=mode)
+    for opt in opt_g, opt_d:
+        opt.step = lambda opt=opt: seen.update({opt: [p.grad.clone() for p in opt.param_groups[0]["params"]]})
+    torch.manual_seed(0)
+    losses = train.train_step(model, D, opt_g, opt_d, [batch], 5, args)
+    torch.manual_seed(0)
+    want, adapter_grads, d_grads = slow_step(slow_model, slow_D, batch, args)
+    for name, value in want.items():
+        assert torch.allclose(losses[name], value, rtol=1e-4), name
+    for got, grads in (seen[opt_g], adapter_grads), (seen[opt_d], d_grads):
+        joint = [torch.cat([g.flatten() for g in gradients]) for gradients in (got, grads)]
+        assert joint[1].norm() > 1e-4 and relative(*joint) < 1e-3
+
+
 def test_torchrun(flags, trainee, tmp_path):
     """Two processes of one image each: their gradient is that of both images, and they train the same networks. They
     start one after the other on a single core: 25 s."""
@@ -2458,6 +2572,62 @@ def test_the_cache_changes_nothing_but_the_time(toy_world, tmp_path, monkeypatch
     with pytest.raises(InputError, match="choose another folder"):
         train.Cache(tmp_path, dataset, model)
     assert content == {path: path.read_bytes() for path in tmp_path.glob("*.*")} and len(content) == 9
+
+
+# -- the toy's base model, reports, --bench ---------------------------------------------------------------------------
+
+
+def test_the_autoencoder_starts_as_the_principal_components():
+    """Its first reconstructions are those of the best linear map of 4x4 patches to 16 numbers, by NumPy."""
+    torch.manual_seed(0)
+    vae, image = VAE(PRESETS["toy"].vae), sample.from_pixels(Toy("train", DOMAINS, 200).images, "cpu")
+    train.linear_start(vae, image)
+    patches = F.pixel_unshuffle(image, 4).permute(0, 2, 3, 1).reshape(-1, 48).double().numpy()
+    best = np.linalg.eigvalsh(np.cov(patches.T))[:-16].sum() / 48
+    with torch.no_grad():
+        error = (vae.decode(vae.encode(image)) - image).square().mean().item()
+        train.normalize_latents(vae, image)
+        z = vae.encode(image)
+        again = (vae.decode(z) - image).square().mean().item()
+    assert best < error < 2 * best and np.isclose(error, again, rtol=1e-3)      # the last norm takes its share
+    assert z.mean((0, 2, 3)).abs().max() < 1e-3 and abs(z.std() - 1) < 1e-3
+
+
+def test_stages_make_a_base_that_trains(tmp_path):
+    """--stage vae, base, judge fill one file, each resumable; an adapter trains on it, and is judged."""
+    base, common = tmp_path / "base.safetensors", ("--device", "cpu", "--steps", 2, "--batch", 4, "--scenes", 100)
+    for stage in ("vae", "base", "judge"):
+        run("train.py", "--stage", stage, "--sd", base, "--out", tmp_path / stage, *common)
+        before = base.read_bytes()
+        run("train.py", "--stage", stage, "--sd", base, "--out", tmp_path / stage, *common, "--resume")
+        assert base.read_bytes() == before
+    assert set(load_weights(base)) == {"vae", "unet", "text", "segmenter", "judge", "domain"}
+    flags = ("--sd", base, "--device", "cpu", "--steps", 1, "--batch", 2, "--eval", 4, "--ddim-steps", 2)
+    out = run("train.py", *flags, "--out", tmp_path / "run")
+    after = json.loads((tmp_path / "run" / "judged.json").read_text())
+    assert "before" in out and "trained in" in out and f"{after['mIoU_generated']:8.3f}" in out
+
+
+def test_report(tmp_path, toy_world):
+    """A report's rows are runs; what is finished is not run again."""
+    command = ("train.py", "--report", "discriminator", "--seeds", 1, "--jobs", 2, "--out", tmp_path, "--sd",
+               toy_world / "toy.safetensors", "--device", "cpu", "--steps", 1, "--batch", 2, "--eval", 4, "--ddim-steps", 2)
+    rows = [line for line in run(*command).splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows[1:]] == [f"| `{name}`" for name in (
+        "(the defaults)", "--discriminator frozen", "--discriminator none")]
+    runs = sorted(tmp_path.glob("*/judged.json"))
+    assert len(runs) == 3 and (tmp_path / runs[0].parent / "log.csv").exists()
+    result = json.loads(runs[0].read_text())
+    runs[0].write_text(json.dumps({**result, "mIoU_generated": 0.75}))
+    assert "| 0.750 ± 0.000 |" in run(*command)
+
+
+def test_bench(train_cli):
+    code, out, err = train_cli("--bench", "--repeat", 1, "--size", 64)
+    figures = {line[:34].strip(): line[34:].split() for line in out.splitlines()}
+    assert code == 0 and "M trained parameters" in out
+    assert float(figures["adversarial step, K = 1"][0]) > float(figures["noise step"][0]) > 0
+    assert float(figures["loading with --cache"][0]) > 0 and float(figures["loading"][0]) > 0
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import signal
 
 SIGNALS = signal.SIGINT, signal.SIGTERM
 if __name__ == "__main__":      # before the slow imports: until the training begins, a signal ends this without a word
-    for number in SIGNALS:      # (an exception would get lost if it came within a fork or a destructor)
-        signal.signal(number, lambda number, _: os._exit(128 + number))
+    for sign in SIGNALS:        # (an exception would get lost if it came within a fork or a destructor)
+        signal.signal(sign, lambda number, _: os._exit(128 + number))
 
 import argparse
 import copy
@@ -21,10 +21,13 @@ import math
 import pickle
 import re
 import resource
+import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,12 +41,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from aldm import (ALDM, JUDGE, PRESETS, Schedule, TextEncoder, atomic, load_class_embeddings, load_frozen, load_into,
-                  load_segmenter, load_weights, read_adapter, save_adapter, save_base, unrolled_adversarial_loss)
-from data import DOMAINS, InputError, Toy, batches, class_table, colorize, open_dataset
-from discriminator import Classifier, UperNet, discriminator_loss
+                  load_segmenter, load_weights, pick_device, read_adapter, save_adapter, save_base,
+                  unrolled_adversarial_loss)
+from data import DOMAINS, InputError, Toy, batches, class_table, colorize, open_dataset, refuse
+from discriminator import Bottleneck, Classifier, UperNet, discriminator_loss
 from sample import evaluate, from_pixels, generate, grid, number
-from unet import UNet
-from vae import VAE
+from unet import ResBlock, SpatialTransformer, UNet
+from vae import VAE, ResnetBlock
 
 # What --data sets when a flag does not: for Cityscapes and ADE20K the values of the official training.
 DEFAULTS = {
@@ -109,7 +113,7 @@ def train_step(model, discriminator, opt_g, opt_d, micro_batches, step, args):
     """One iteration: the adapter's step, then (on its turns) the discriminator's, on what the adapter just made."""
     losses, fakes = {}, []
     for batch in micro_batches:                                 # more than one with --accumulate
-        with autocast(model.device):
+        with autocast(args):
             loss, parts, fake = generator_loss(model, discriminator, batch, step, args)
         (loss / len(micro_batches)).backward()
         accumulate(losses, parts, len(micro_batches))
@@ -120,7 +124,7 @@ def train_step(model, discriminator, opt_g, opt_d, micro_batches, step, args):
         discriminator.train().requires_grad_(True)              # (frozen in the adapter's step)
         before, d_losses = [b.clone() for b in discriminator.buffers()], {}
         for batch, fake in zip(micro_batches, fakes):
-            with autocast(model.device):
+            with autocast(args):
                 with torch.no_grad():                           # real: reconstructed, so the VAE's marks tell nothing
                     real = model.vae.decode(batch["x0"]).float().clamp(-1, 1)
                 logits = discriminator(torch.cat([real, fake]))
@@ -136,9 +140,9 @@ def train_step(model, discriminator, opt_g, opt_d, micro_batches, step, args):
     return {**losses, "dropped": dropped}
 
 
-def autocast(device):
-    """bf16 on CUDA; norms, softmax and our losses stay fp32. On the CPU everything is fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def autocast(args):
+    """bf16, with norms, softmax and our losses in fp32: always on CUDA, on the CPU with --bf16."""
+    return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.bf16)
 
 
 def accumulate(losses, parts, n):
@@ -298,15 +302,15 @@ class Run:
     def guarded(self):
         """Signals are taken down instead of obeyed; what stops the run is told with the checkpoint that is left."""
         self.signal = 0
-        before = [signal.signal(number, lambda number, _: setattr(self, "signal", number)) for number in SIGNALS]
+        before = [signal.signal(sign, lambda number, _: setattr(self, "signal", number)) for sign in SIGNALS]
         try:
             yield
         except (Stopped, OSError, SafetensorError, torch.OutOfMemoryError) as error:            # (two of a full disk)
             last = max(self.checkpoints(), default="none")
             raise Stopped(f"{' '.join(str(error).split())}; last good checkpoint: {last}") from None
         finally:
-            for number, handler in zip(SIGNALS, before):
-                signal.signal(number, handler)
+            for sign, handler in zip(SIGNALS, before):
+                signal.signal(sign, handler)
 
     def loop(self, step_fn, on_sample=None):
         """step_fn(step) -> losses, until --steps; draws pictures and saves on the way, stops cleanly on a signal."""
@@ -368,7 +372,9 @@ def build(args):
         if meta.get(key, flag) != flag:
             raise InputError(f"{args.init}: is of {key} {meta[key]}, not {flag}: train it with --{key} {meta[key]}")
     unet, vae, text, parts = load_frozen(args.preset, args.sd, device, dtype)
-    table = load_class_embeddings(args.class_embeddings, classes, text) if args.class_embeddings else None
+    table = init.get("layout", {}).get("table") if tuple(meta.get("names") or ()) == classes.names else None
+    if args.class_embeddings:
+        table = load_class_embeddings(args.class_embeddings, classes, text)
     torch.manual_seed(args.seed)
     model = ALDM(preset, unet, vae, text, classes, args.adapter, meta.get("hint", args.hint), table).to(device)
     if args.init:
@@ -379,9 +385,20 @@ def build(args):
         load_segmenter(start, discriminator, classes)
     elif args.discriminator != "none":
         note("the discriminator starts at random; a pretrained one trains more stably (--segmenter ENCODER DECODER)")
-    if device.type == "cuda":
+    return *fast(model, discriminator.to(device), args), parts
+
+
+def fast(model, discriminator, args):
+    """The memory format that convolutions like, and --compile: block by block, since blocks of a kind and shape share
+    their code; weights and their names stay as they are."""
+    if args.device != "cpu":
         model, discriminator = (m.to(memory_format=torch.channels_last) for m in (model, discriminator))
-    return model, discriminator.to(device).eval().requires_grad_(False), parts
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 256                  # shapes, modes and gradients differ by block
+        for module in [*model.modules(), *discriminator.modules()]:
+            if isinstance(module, (ResBlock, SpatialTransformer, ResnetBlock, Bottleneck)):
+                module.compile(dynamic=False)
+    return model, discriminator.eval().requires_grad_(False)
 
 
 def train(args):
@@ -414,15 +431,17 @@ def train(args):
         save_pictures(run.out / f"step_{step:07d}.png", model, discriminator, shown, args)
         save_adapter(run.out / "adapter.safetensors", model, {**meta, "step": step})
 
-    before = report(model, parts, args) if run.step == 0 else None
-    began = time.time()
+    before = judged(model, parts, args) if run.step == 0 and args.before else None
+    began, first = time.time(), run.step
     run.loop(step_fn, on_sample)
-    seconds = time.time() - began
-    if after := report(model, parts, args):
+    seconds = (time.time() - began) * run.step / max(run.step - first, 1)       # of all its steps, if it was resumed
+    if after := judged(model, parts, args):
         print_table(before, after, seconds)
+        with atomic(run.out / "judged.json") as temporary:
+            Path(temporary).write_text(json.dumps({**after, "seconds": seconds, "before": before}, indent=1))
 
 
-def report(model, parts, args):
+def judged(model, parts, args):
     """What the toy's judges say of images generated for layouts that no training has seen; None without judges."""
     if "judge" not in parts or not args.eval or rank():
         return None
@@ -432,20 +451,71 @@ def report(model, parts, args):
         load_into(net, parts[name], name, model.device, torch.float32)
         net.eval()
     toy = Toy("val", ("day",), length=args.eval, augment=False)
-    return evaluate(model, [toy[i] for i in range(len(toy))], judge, domain, n=1, batch=16, steps=args.ddim_steps)
+    return evaluate(model, [toy[i] for i in range(len(toy))], judge, domain, n=2, batch=16, steps=args.ddim_steps)
+
+
+FIGURES = {"mIoU": lambda r: r["mIoU_generated"],
+           **{c: lambda r, c=c: r["IoU_generated"][c] for c in ("pole", "traffic sign", "person", "car")},
+           "domain accuracy": lambda r: r["editability"], "Frechet distance": lambda r: r["frechet_distance"],
+           "diversity": lambda r: r["diversity"], "seconds": lambda r: r["seconds"]}
 
 
 def print_table(before, after, seconds):
-    small = ("pole", "traffic sign", "person", "car")
-    rows = [("mIoU", lambda r: r["mIoU_generated"]),
-            *((f"IoU {c}", lambda r, c=c: r["IoU_generated"][c]) for c in small),
-            ("domain accuracy", lambda r: r["editability"])]
     print(f"{'':16}{'before':>8}{'after':>8}")
-    for name, get in rows:
-        a, b = (get(r) if r else None for r in (before, after))
+    for name in list(FIGURES)[:-1]:
+        a, b = (FIGURES[name](r) if r else None for r in (before, after))
         show = lambda v: f"{v:8.3f}" if v is not None else f"{'-':>8}"
-        print(f"{name:16}{show(a)}{show(b)}  {'#' * round(40 * (b or 0))}")
+        print(f"{name:16}{show(a)}{show(b)}" + ("  " + "#" * round(40 * (b or 0)) if name != "Frechet distance" else ""))
     print(f"trained in {seconds:.0f} s")
+
+
+# -- the paper's tables in small --------------------------------------------------------------------------------------
+
+NOISE = "--discriminator none"
+REPORTS = {         # --report NAME: the rows of a table, each by its flags; "" is ALDM with the toy's defaults (K = 0)
+    "main": [NOISE, NOISE + " --steps 600", ""],
+    "unrolling": [NOISE, "", "--unroll 3", "--unroll 3 --unroll-grad each", "--unroll 3 --unroll-grad full", "--unroll 9"],
+    "discriminator": ["", "--discriminator frozen", NOISE],
+    "lambda": ["--lambda-adv 0.5", "", "--lambda-adv 8", "--t-max 250", "--t-max 1000"],
+    "adapters": [f"{adapter} {flags}".strip() for adapter in ("", "--adapter t2i", "--adapter oft", "--adapter freestyle")
+                 for flags in (NOISE, "", "--unroll 3")]}
+
+
+def report(args):
+    """--report NAME: each row of REPORTS with each of the seeds, as runs of their own (those that are finished are kept,
+    also between reports), then the judges' figures: mean and standard deviation over the seeds."""
+    rest, out, words, own = [], Path(args.out), iter(sys.argv[1:]), ("--report", "--seeds", "--jobs", "--out")
+    for word in words:
+        if word in own:
+            next(words)
+        elif word.partition("=")[0] not in own:
+            rest.append(word)
+    env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
+
+    def run(job):
+        flags, seed = job
+        folder = out / (re.sub(r"\W+", "-", " ".join([flags, *rest])).strip("-") + f"-seed-{seed}")
+        if not (folder / "judged.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, __file__, *rest, *flags.split(), "--seed", str(seed), "--no-before", "--resume",
+                       "--out", str(folder)]
+            with open(folder / "output.txt", "w") as output:
+                if subprocess.run(command, env=env, stdout=output, stderr=output).returncode:
+                    raise InputError(f"{' '.join(command)}: failed; see {output.name}")
+        return json.loads((folder / "judged.json").read_text())
+
+    jobs = [(flags, seed) for flags in REPORTS[args.report] for seed in range(args.seeds)]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = list(tqdm(pool.map(run, jobs), args.report, len(jobs)))
+    print(f"| `train.py` ... | {' | '.join(FIGURES)} |\n|---|{'---|' * len(FIGURES)}")
+    for flags in REPORTS[args.report]:
+        own = [result for job, result in zip(jobs, results) if job[0] == flags]
+        cells = []
+        for get in FIGURES.values():
+            values = np.array([get(result) for result in own], float)
+            digits = 0 if values.mean() > 10 else 3
+            cells.append(f"{values.mean():.{digits}f} ± {values.std(ddof=len(values) > 1):.{digits}f}")
+        print(f"| `{flags or '(the defaults)'}` | {' | '.join(cells)} |")
 
 
 @torch.no_grad()
@@ -520,7 +590,7 @@ def save_pictures(path, model, discriminator, items, args):
     label = torch.stack([item["label"] for item in items]).to(model.device)
     captions = [item["caption"] for item in items]
     samples = generate(model, label, captions, seeds=range(len(items)), steps=args.ddim_steps)
-    with autocast(model.device):
+    with autocast(args):
         image = torch.stack([item["image"] for item in items]).to(model.device)
         x0, t = model.vae.encode(image), torch.full((len(items),), 401, device=model.device)
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0)
@@ -549,11 +619,13 @@ def stage_run(args, modules, step_loss, columns):
     opt = torch.optim.AdamW([p for m in modules.values() for p in m.parameters()], lr=args.lr, betas=(0.9, 0.99),
                             weight_decay=0.01, fused=True)
     args.columns = [*columns, "dropped"]
+    if args.device == "cpu":        # its fused attention goes back slowly in bf16, and these pictures are small
+        torch.backends.cuda.enable_flash_sdp(False)
 
     def step_fn(step):
         for group in opt.param_groups:
             group["lr"] = args.lr * cosine(step, args.steps)
-        with autocast(torch.device(args.device)):
+        with autocast(args):
             loss, losses = step_loss(step)
         loss.backward()
         losses = {name: value.detach() for name, value in losses.items()}
@@ -673,7 +745,8 @@ def stage_base(args):
         choice = torch.rand(args.batch)
         words = index.where(choice > 0.25, len(toy) + present[index].multinomial(1)[:, 0])
         words = words.where(choice > 0.1, len(ids) - 1)
-        noise, t = torch.randn_like(x0), torch.randint(0, 1000, (args.batch,), device=device)
+        t = (torch.arange(args.batch) + torch.rand(1)) * 1000 / args.batch      # spread over all t: less noisy gradients
+        noise, t = torch.randn_like(x0), t.long().to(device)
         loss = F.mse_loss(unet(schedule.add_noise(x0, t, noise), t, text(ids[words.to(device)])), noise)
         with torch.no_grad():
             rate = min(0.9995, (step + 1) / (step + 10))
@@ -746,6 +819,23 @@ def measure(fn, device, repeat):
     return counter.get_total_flops(), sorted(seconds)[len(seconds) // 2]
 
 
+def loading(args, model):
+    """Images per second from disk to what a step takes, without and with --cache; nothing where the data is not named."""
+    if args.data != "toy" and not args.root and not Path(args.data).is_dir():
+        return
+    dataset = open_dataset(args.data, args.root, "train", args.size, captions=args.captions,
+                           grid=model.preset.vae.factor, skip_broken=args.skip_broken)
+    dataset.names = dataset.names[:max(4 * args.batch, 16)]
+    with tempfile.TemporaryDirectory() as folder, autocast(args):
+        for name, source in (("loading", dataset), ("loading with --cache", Cache(folder, dataset, model))):
+            stream, count = batches(source, args.batch, args.seed, workers=args.workers), max(args.repeat, 4)
+            prepare(model, next(stream), slice(None))
+            began = time.perf_counter()
+            for _ in range(count):
+                prepare(model, next(stream), slice(None))["x0"].mean().item()
+            yield name, count * args.batch / (time.perf_counter() - began)
+
+
 def bench(args):
     """--bench: each part of a step, and the steps themselves, with random weights and data of the preset's size."""
     device, preset = torch.device(args.device), PRESETS[args.preset]
@@ -757,9 +847,9 @@ def bench(args):
     if device.type == "cuda" and args.adapter != "freestyle":
         unet.bfloat16()
     model = ALDM(preset, unet, vae, text, classes, args.adapter, args.hint).to(device)
-    if device.type == "cuda":
-        model, discriminator = (m.to(memory_format=torch.channels_last) for m in (model, discriminator))
-    opt_g = torch.optim.AdamW([p for p in model.adapter.parameters() if p.requires_grad], lr=1e-9, fused=True)
+    model, discriminator = fast(model, discriminator, args)
+    trained = [p for p in model.adapter.parameters() if p.requires_grad]
+    opt_g = torch.optim.AdamW(trained, lr=1e-9, fused=True)
     opt_d = torch.optim.AdamW(discriminator.parameters(), lr=1e-9, fused=True)
     B, f, S = args.batch, preset.vae.factor, args.size
     image = torch.rand(B, 3, S, S, device=device) * 2 - 1
@@ -793,19 +883,22 @@ def bench(args):
             yield name, lambda step=step: train_step(model, discriminator, opt_g, opt_d, batch, step, args)
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    kind = "bf16" if device.type == "cuda" else "fp32"
-    print(f"{name}; preset {args.preset}, {S} x {S}, batch {B}, {args.adapter}, {kind}")
+    kind = "bf16" if args.bf16 else "fp32"
+    print(f"{name}; preset {args.preset}, {S} x {S}, batch {B}, {args.adapter} ({sum(p.numel() for p in trained) / 1e6:.1f} M "
+          f"trained parameters), {kind}{', compiled' * args.compile}")
     print(f"{'':34}{'TFLOP':>9}{'ms':>10}{'TFLOP/s':>9}{'GiB peak':>10}")
     took = {}
     for name, fn in rows():
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with autocast(device):
+        with autocast(args):
             flops, took[name] = measure(fn, device, args.repeat)
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else \
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(f"{name:34}{flops / 1e12:9.3f}{took[name] * 1e3:10.1f}{flops / 1e12 / took[name]:9.2f}"
               f"{peak / 2 ** 30:10.2f}", flush=True)
+    for name, rate in loading(args, model):
+        print(f"{name:34}{rate:9.1f} images per second")
     noise, full = took["noise step"], took["the same + D step"]
     print(f"a lazy period of 8: {7 * noise + full:.3f} s, {(7 * noise + full) / 8:.3f} s a step "
           f"(with --cache; without it add {took['VAE encoder'] + took['text encoder']:.3f} s to each)")
@@ -876,22 +969,27 @@ def parse_args(argv=None):
     add("--group", whole(0), "unrolled estimates decoded in one batch (0: all)", default=0)
     add("--seed", whole(0, 2 ** 32 - 1), "of everything", default=0)
     add("--device", str, "cpu or cuda (default: cuda if there)")
+    add("--compile", None, "compile the networks' blocks: slow to start, then faster", action="store_true")
+    add("--bf16", None, "bf16 autocast on the CPU as well: faster where it has AMX", action="store_true")
     add("--cache", str, "folder for the images' latents and the captions' states: computed once, used in every epoch")
     add("--skip-broken", None, "go on without the images that the check of the dataset names", action="store_true")
     add("--workers", whole(0), "processes that load images", default=0)
     add("--save-every", whole(1), "steps between checkpoints")
     add("--sample-every", whole(1), "steps between pictures")
     add("--eval", whole(0), "toy layouts judged before and after the training", default=48)
+    add("--no-before", None, "judge after the training only", action="store_false", dest="before")
     add("--keep", whole(1), "checkpoints kept, besides every tenth", default=2)
     add("--resume", None, "go on from the newest checkpoint in --out", action="store_true")
     add("--bench", None, "measure the parts of a step at this size, and stop", action="store_true")
     add("--repeat", whole(1), "runs of --bench, of which the median is printed", default=3)
+    add("--report", str, "train and judge the rows of a table on the toy (further flags go to each run)",
+        choices=list(REPORTS))
+    add("--seeds", whole(1), "runs of each row of --report", default=3)
+    add("--jobs", whole(1), "runs at a time of --report, each with its share of the cores", default=1)
     add("--stage", str, "make a part of the toy world's base model instead", choices=list(STAGES))
     add("--scenes", whole(100), "toy scenes that --stage trains on", default=20_000)
 
-    def fail(message):                                              # one line, without the usage
-        raise InputError(message)
-    p.error = fail
+    p.error = refuse
     return p.parse_args(argv)
 
 
@@ -905,13 +1003,10 @@ def complete(args):
             values = [STAGES[args.stage][1][name]] * 5
         if getattr(args, name) is None:
             setattr(args, name, values[column])
-    args.out = args.out or f"runs/{args.stage or Path(args.data).name}"
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.out = args.out or f"runs/{args.stage or (args.report and 'report') or Path(args.data).name}"
+    args.device = pick_device(args.device)
+    args.bf16 = args.bf16 or args.device != "cpu"
     args.columns = ["noise", "adv", "D_real", "D_fake", "dropped"]
-    if not (found := re.fullmatch(r"cpu|cuda(?::(\d+))?", args.device)):
-        raise InputError(f"--device {args.device}: must be cpu or cuda")
-    if args.device != "cpu" and int(found[1] or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {args.device}: no such CUDA device here; use --device cpu")
     if args.unroll >= args.ddim_steps:
         raise InputError(f"--unroll {args.unroll}: must be below --ddim-steps {args.ddim_steps}, the chain's length")
     if args.data == "toy" and args.size != 64:
@@ -929,7 +1024,7 @@ def main():
             if args.device != "cpu":
                 args.device = f"cuda:{os.environ['LOCAL_RANK']}"
                 torch.cuda.set_device(args.device)
-        (STAGES[args.stage][0] if args.stage else bench if args.bench else train)(args)
+        (STAGES[args.stage][0] if args.stage else report if args.report else bench if args.bench else train)(args)
     except (InputError, Stopped, OSError, SafetensorError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, Stopped) else 2)

@@ -2442,21 +2442,21 @@ def slow_step(model, D, batch, args):
         return maps, maps.sum() / n
 
     def chain():
-        x, estimates = [], []
+        x, estimates, predicted = [], [], []
         for i in range(len(x0)):
             t = timesteps[start[i]]
             x.append(a[t].sqrt() * x0[i] + (1 - a[t]).sqrt() * noise[i])
         for k in range(args.unroll + 1):
             t = [timesteps[s - k] for s in start]
             eps = eps_of(torch.stack(x), torch.tensor(t))
-            first = eps if k == 0 else first
+            predicted.append(eps)
             x0_hat = [(x[i] - (1 - a[t[i]]).sqrt() * eps[i]) / a[t[i]].sqrt() for i in range(len(x))]
             estimates.append(torch.stack(x0_hat))
             if k < args.unroll:
                 prev = [timesteps[s - k - 1] for s in start]
                 x = [a[p].sqrt() * x0_hat[i] + (1 - a[p]).sqrt() * eps[i] for i, p in enumerate(prev)]
                 x = [v.detach() for v in x] if args.unroll_grad != "full" else x
-        return first, estimates
+        return predicted[0], estimates
 
     def judge(estimate):
         images = torch.cat([model.vae.decode(z[None]).clamp(-1, 1) for z in estimate])

@@ -619,8 +619,6 @@ def stage_run(args, modules, step_loss, columns):
     opt = torch.optim.AdamW([p for m in modules.values() for p in m.parameters()], lr=args.lr, betas=(0.9, 0.99),
                             weight_decay=0.01, fused=True)
     args.columns = [*columns, "dropped"]
-    if args.device == "cpu":        # its fused attention goes back slowly in bf16, and these pictures are small
-        torch.backends.cuda.enable_flash_sdp(False)
 
     def step_fn(step):
         for group in opt.param_groups:
@@ -826,7 +824,7 @@ def loading(args, model):
     dataset = open_dataset(args.data, args.root, "train", args.size, captions=args.captions,
                            grid=model.preset.vae.factor, skip_broken=args.skip_broken)
     dataset.names = dataset.names[:max(4 * args.batch, 16)]
-    with tempfile.TemporaryDirectory() as folder, autocast(args):
+    with tempfile.TemporaryDirectory() as folder:
         for name, source in (("loading", dataset), ("loading with --cache", Cache(folder, dataset, model))):
             stream, count = batches(source, args.batch, args.seed, workers=args.workers), max(args.repeat, 4)
             prepare(model, next(stream), slice(None))
@@ -1005,6 +1003,8 @@ def complete(args):
             setattr(args, name, values[column])
     args.out = args.out or f"runs/{args.stage or (args.report and 'report') or Path(args.data).name}"
     args.device = pick_device(args.device)
+    if args.bf16 and args.device == "cpu":      # fused attention's backward pass is slow in bf16 on the CPU
+        torch.backends.cuda.enable_flash_sdp(False)
     args.bf16 = args.bf16 or args.device != "cpu"
     args.columns = ["noise", "adv", "D_real", "D_fake", "dropped"]
     if args.unroll >= args.ddim_steps:

@@ -2295,7 +2295,7 @@ def test_ten_dropped_steps_in_a_row_stop_a_run(tmp_path):
 
 def setting(**kw):
     args = dict(d_start=0, lazy=1, discriminator="trained", lambda_adv=1., ramp=(0, 1), t_max=1000, unroll=1,
-                ddim_steps=4, unroll_grad="first", recompute=False, group=0, fake_weight=0.5)
+                ddim_steps=4, unroll_grad="first", recompute=False, group=0, fake_weight=0.5, device="cpu", bf16=False)
     return SimpleNamespace(**{**args, **kw})
 
 
@@ -2500,7 +2500,7 @@ def test_a_step_computes_what_the_paper_says(mode):
         assert torch.allclose(losses[name], value, rtol=1e-4), name
     for got, grads in (seen[opt_g], adapter_grads), (seen[opt_d], d_grads):
         joint = [torch.cat([g.flatten() for g in gradients]) for gradients in (got, grads)]
-        assert joint[1].norm() > 1e-4 and relative(*joint) < 1e-3
+        assert joint[1].norm() > 1e-4 and (joint[0] - joint[1]).norm() < 1e-3 * joint[1].norm()
 
 
 def test_torchrun(flags, trainee, tmp_path):

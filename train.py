@@ -54,17 +54,16 @@ DEFAULTS = {
     #                  toy      cityscapes   ade20k      coco       a folder
     "preset":       ("toy",     "sd15",     "sd15",     "sd15",     "sd15"),
     "size":         (64,        512,        512,        512,        512),      # pixels
-    "steps":        (400,       120_000,    200_000,    200_000,    100_000),
+    "steps":        (300,       120_000,    200_000,    200_000,    100_000),
     "batch":        (16,        4,          4,          4,          4),        # per process
     "lr":           (1e-3,      1e-5,       2e-5,       2e-5,       1e-5),     # of the adapter
     "lr_d":         (5e-5,      1e-6,       1e-6,       1e-6,       1e-6),     # of the discriminator: one-cycle maximum
-    "lambda_adv":   (2.0,       0.1,        0.5,        0.5,        0.1),
+    "lambda_adv":   (4.0,       0.1,        0.5,        0.5,        0.1),
     "fake_weight":  (0.01,      0.01,       0.001,      0.001,      0.01),     # of the fake term of L_Dis
-    "ramp":         ((200, 250), (5000, 10_000), (10_000, 15_000), (10_000, 15_000), (5000, 10_000)),
-    "d_start":      (200,       0,          5000,       5000,       0),        # D is trained from this step on
+    "ramp":         ((100, 150), (5000, 10_000), (10_000, 15_000), (10_000, 15_000), (5000, 10_000)),
+    "d_start":      (100,       0,          5000,       5000,       0),        # D is trained from this step on
     "lazy":         (2,         8,          8,          8,          8),        # adversarial term and D every n-th step
     "unroll":       (0,         9,          9,          9,          9),        # K
-    "t_max":        (500,       1000,       1000,       1000,       1000),     # the adversarial term starts below
     "save_every":   (100,       1000,       1000,       1000,       1000),
     "sample_every": (100,       500,        500,        500,        500),
 }
@@ -473,10 +472,10 @@ def print_table(before, after, seconds):
 
 NOISE = "--discriminator none"
 REPORTS = {         # --report NAME: the rows of a table, each by its flags; "" is ALDM with the toy's defaults (K = 0)
-    "main": [NOISE, NOISE + " --steps 600", ""],
+    "main": [NOISE, NOISE + " --steps 500", ""],
     "unrolling": [NOISE, "", "--unroll 3", "--unroll 3 --unroll-grad each", "--unroll 3 --unroll-grad full", "--unroll 9"],
     "discriminator": ["", "--discriminator frozen", NOISE],
-    "lambda": ["--lambda-adv 0.5", "", "--lambda-adv 8", "--t-max 250", "--t-max 1000"],
+    "lambda": ["--lambda-adv 1", "", "--lambda-adv 16", "--t-max 250", "--t-max 500"],
     "adapters": [f"{adapter} {flags}".strip() for adapter in ("", "--adapter t2i", "--adapter oft", "--adapter freestyle")
                  for flags in (NOISE, "", "--unroll 3")]}
 
@@ -962,7 +961,7 @@ def parse_args(argv=None):
     add("--unroll", whole(0), "K, unrolled DDIM steps")
     add("--unroll-grad", str, "where the gradient flows in them", choices=["first", "each", "full"], default="first")
     add("--ddim-steps", whole(1, 1000), "DDIM subset of the unrolling, and steps of the pictures", default=25)
-    add("--t-max", whole(1, 1000), "the adversarial term starts from timesteps below this")
+    add("--t-max", whole(1, 1000), "the adversarial term starts from timesteps below this", default=1000)
     add("--recompute", None, "decoder and discriminator anew in the backward pass: less memory", action="store_true")
     add("--group", whole(0), "unrolled estimates decoded in one batch (0: all)", default=0)
     add("--seed", whole(0, 2 ** 32 - 1), "of everything", default=0)

@@ -47,7 +47,7 @@ from data import (DOMAINS, IGNORE, InputError, Toy, class_table, colorize, open_
 from discriminator import Classifier, UperNet, discriminator_loss
 from sample import BODY, painter
 from unet import ControlNet, OFT, Rotation, T2IAdapter, UNet, UNetConfig, rectify
-from vae import VAE, VAEConfig
+from vae import VAE, ResnetBlock, VAEConfig
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared"
@@ -2295,7 +2295,8 @@ def test_ten_dropped_steps_in_a_row_stop_a_run(tmp_path):
 
 def setting(**kw):
     args = dict(d_start=0, lazy=1, discriminator="trained", lambda_adv=1., ramp=(0, 1), t_max=1000, unroll=1,
-                ddim_steps=4, unroll_grad="first", recompute=False, group=0, fake_weight=0.5, device="cpu", bf16=False)
+                ddim_steps=4, unroll_grad="first", recompute=False, group=0, fake_weight=0.5,
+                device="cpu", bf16=False)
     return SimpleNamespace(**{**args, **kw})
 
 
@@ -2620,6 +2621,19 @@ def test_report(tmp_path, toy_world):
     result = json.loads(runs[0].read_text())
     runs[0].write_text(json.dumps({**result, "mIoU_generated": 0.75}))
     assert "| 0.750 ± 0.000 |" in run(*command)
+
+
+def test_compiled_blocks_compute_the_same():
+    """--compile changes neither values nor gradients nor names."""
+    plain = nn.Sequential(ResnetBlock(32, 64, 8))
+    compiled, x = copy.deepcopy(plain), torch.randn(2, 32, 16, 16)
+    train.fast(compiled, nn.Identity(), SimpleNamespace(device="cpu", compile=True))
+    values = [net(x) for net in (plain, compiled)]
+    assert compiled[0]._compiled_call_impl and torch.allclose(*values, atol=1e-5)
+    for value in values:
+        value.square().mean().backward()
+    assert all(near(p.grad, q.grad) for p, q in zip(plain.parameters(), compiled.parameters()))
+    assert list(plain.state_dict()) == list(compiled.state_dict())
 
 
 def test_bench(train_cli):

@@ -433,7 +433,8 @@ def train(args):
     before = judged(model, parts, args) if run.step == 0 and args.before else None
     began, first = time.time(), run.step
     run.loop(step_fn, on_sample)
-    seconds = (time.time() - began) * run.step / max(run.step - first, 1)       # of all its steps, if it was resumed
+    steps = run.step - first                                        # fewer than all if it was resumed
+    seconds = (time.time() - began) * run.step / steps if steps else None
     if after := judged(model, parts, args):
         print_table(before, after, seconds)
         with atomic(run.out / "judged.json") as temporary:
@@ -461,11 +462,12 @@ FIGURES = {"mIoU": lambda r: r["mIoU_generated"],
 
 def print_table(before, after, seconds):
     print(f"{'':16}{'before':>8}{'after':>8}")
-    for name in list(FIGURES)[:-1]:
+    show = lambda v: f"{v:8.3f}" if v is not None else f"{'-':>8}"
+    for i, name in enumerate(list(FIGURES)[:-1]):
         a, b = (FIGURES[name](r) if r else None for r in (before, after))
-        show = lambda v: f"{v:8.3f}" if v is not None else f"{'-':>8}"
-        print(f"{name:16}{show(a)}{show(b)}" + ("  " + "#" * round(40 * (b or 0)) if name != "Frechet distance" else ""))
-    print(f"trained in {seconds:.0f} s")
+        print(f"{name:16}{show(a)}{show(b)}  {'#' * round(40 * (b or 0)) if i < 6 else ''}")         # shares have bars
+    if seconds:
+        print(f"trained in {seconds:.0f} s")
 
 
 # -- the paper's tables in small --------------------------------------------------------------------------------------

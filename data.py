@@ -148,8 +148,9 @@ def class_table(data):
     classes.txt holds a class per line, in the order of the ids 0..N-1 (N <= 255): its name, and perhaps its colour,
     `road 128 64 128`. A class without a colour gets one of its own. Blank lines and lines with # are passed over.
     """
-    if str(data) in ("toy", "cityscapes", "ade20k", "coco"):
-        return published(str(data))
+    data = "toy" if str(data).startswith("toy:") else str(data)
+    if data in ("toy", "cityscapes", "ade20k", "coco"):
+        return published(data)
     path, names, given = Path(data) / "classes.txt", [], []
     if not os.path.isfile(path):
         raise InputError(f"{data}: name toy, cityscapes, ade20k, coco or a folder with a classes.txt")
@@ -742,12 +743,15 @@ class Pairs(torch.utils.data.Dataset):
 
 
 def open_dataset(data, root=None, split="train", size=None, **options):
-    """data: "toy" (those of the options that Toy has count), or another key or a folder (options are Pairs')."""
-    if str(data) != "toy":
+    """data: "toy", "toy:night" (one domain), "toy:all" (those of the options that Toy has count), or another key or a
+    folder (options are Pairs')."""
+    kind, _, domain = str(data).partition(":")
+    if kind != "toy":
         return Pairs(data, root, split, size or 512, **options)
     if size not in (None, S):
         raise InputError(f"size {size}: the toy world has {S} pixels")
-    return Toy(split, **{k: v for k, v in options.items() if k in ("domains", "length", "augment")})
+    options = {k: v for k, v in options.items() if k in ("domains", "length", "augment")}
+    return Toy(split, **options | ({"domains": DOMAINS if domain == "all" else (domain,)} if domain else {}))
 
 
 # ---- Batches.

@@ -211,9 +211,9 @@ def main():
     import argparse
     import sys
     from pathlib import Path
-    from data import DOMAINS, InputError, Toy, batches, open_dataset, refuse
+    from data import InputError, batches, open_dataset, refuse
     p = argparse.ArgumentParser(description="Train the UperNet as a plain segmenter, and test it.")
-    p.add_argument("--data", default="toy", help="toy, cityscapes, ade20k, coco, or a folder; toy:night is one domain")
+    p.add_argument("--data", default="toy", help="toy, cityscapes, ade20k, coco, or a folder; toy:night is one domain, toy:all all")
     p.add_argument("--root", help="the folder of --data")
     p.add_argument("--extra", nargs="*", default=[], help="more training data: folders that sample.py --layouts has written")
     p.add_argument("--test", nargs="+", help="what to test on (default: --data): names as for --data, or NAME=ROOT")
@@ -239,10 +239,6 @@ def main():
 
         def load(name, split):
             name, _, root = name.partition("=")
-            if name.startswith("toy"):
-                domain = name.partition(":")[2]
-                domains = DOMAINS if domain == "all" else (domain or "day",)
-                return Toy(split, domains, augment=split == "train")
             return open_dataset(name, root or (args.root if name == args.data else None), split, size, grid=1,
                                 augment=split == "train")
 

@@ -210,7 +210,7 @@ def open_split(model, args, split):
     """A split of --data, at the size the model was trained at -> dataset, load(i) -> dict(image, label, caption, name),
     uncropped."""
     key = args.data or model.classes.key
-    options = {} if key == "toy" else dict(grid=model.preset.vae.factor)
+    options = {} if key.startswith("toy") else dict(grid=model.preset.vae.factor)
     dataset = open_dataset(key, args.root, split, args.size or model.preset.size, **options)
 
     def load(i):
@@ -385,9 +385,10 @@ def evaluate(model, items, judge, classifier=None, edit=toy_edit, targets=DOMAIN
     features     images -> [B,C] for Frechet distance, precision, recall, diversity; None: the judge's last map, pooled
     n, diverse   n samples (1: none) of each of the first `diverse` layouts (in whole batches) for the diversity
     options      of `generate`: steps, cfg, ...
-    -> dict of plain values, ready for JSON; None: cannot be told, as the IoU of a class that is not there
+    -> dict of plain values, ready for JSON (what the judge finds in "reconstructed" images, the autoencoder's, is the most
+    that generated ones can reach); None: cannot be told, as the IoU of a class that is not there
     """
-    N, kinds = len(model.classes.names), ("generated", "edited", "real") if classifier else ("generated", "real")
+    N, kinds = len(model.classes.names), ["generated", *["edited"] * bool(classifier), "reconstructed", "real"]
     features = features or (lambda x: judge.features(x)[-1].mean((2, 3)))
     confusion, found = {kind: torch.zeros(N, N, dtype=torch.int64) for kind in kinds}, {kind: [] for kind in kinds}
     hits, spread, count = [], [], 0
@@ -400,6 +401,7 @@ def evaluate(model, items, judge, classifier=None, edit=toy_edit, targets=DOMAIN
 
         images = {"generated": draw(captions, 0)}
         images["real"] = torch.stack([item["image"] for item in group]).to(model.device)
+        images["reconstructed"] = model.vae.decode(model.vae.encode(images["real"])).clamp(-1, 1)       # the ceiling
         if classifier:
             prompts, wanted = zip(*(edit(caption, count + i) for i, caption in enumerate(captions)))
             images["edited"] = draw(prompts, "edited")
@@ -478,16 +480,16 @@ def sample_and_judge(model, args):
 
 def show(result):
     """The table of --evaluate: a row per class that is there, a column per kind of image."""
-    kinds = [kind for kind in ("generated", "edited", "real") if f"mIoU_{kind}" in result]
+    kinds = [kind for kind in ("generated", "edited", "reconstructed", "real") if f"mIoU_{kind}" in result]
     rows = {"mIoU": [result[f"mIoU_{kind}"] for kind in kinds]}
     rows |= {f"  {c}": [result[f"IoU_{kind}"][c] for kind in kinds] for c in result["IoU_real"]}
     rows |= {name.replace("_", " "): [result[name]] for name in
              ("frechet_distance", "precision", "recall", "diversity", "diversity_pixels", "editability")}
     rows |= {f"  {target}": [share] for target, share in result["editability_of"].items()}
-    print(f"{result['layouts']} layouts".ljust(20) + "".join(kind.rjust(11) for kind in kinds))
+    print(f"{result['layouts']} layouts".ljust(20) + "".join(kind.rjust(14) for kind in kinds))
     for name, values in rows.items():
         if any(v is not None for v in values):
-            print(name.ljust(20) + "".join(("-" if v is None else f"{v:.3f}").rjust(11) for v in values))
+            print(name.ljust(20) + "".join(("-" if v is None else f"{v:.3f}").rjust(14) for v in values))
 
 
 # -- how fast ---------------------------------------------------------------------------------------------------------
@@ -729,7 +731,7 @@ def parse_args(argv=None):
     add("--ckpt", "--adapter", default=ADAPTER, help="an adapter, or a run's folder (default: the toy's)")
     add("--sd", metavar="FILE", help="Stable Diffusion 1.x, one file (default: downloaded; toy: in assets/)")
     add("--preset", choices=list(PRESETS), help="refuse a checkpoint of another one")
-    add("--data", help="toy, cityscapes, ade20k, coco or a folder (default: the checkpoint's)")
+    add("--data", help="toy (or toy:night, ...), cityscapes, ade20k, coco or a folder (default: the checkpoint's)")
     add("--root", metavar="DIR", help="where the files of --data are")
     add("--out", metavar="DIR", default="samples", help="folder of the results (default: %(default)s)")
     add("--n", type=whole(1), help="images per layout, seeds: seed, seed + 1, ... (default: 1; --evaluate: 4)")

@@ -1656,12 +1656,14 @@ def test_evaluate_against_confusion_by_hand(monkeypatch):
         def features(self, x):
             return [x]
     monkeypatch.setattr(sample, "generate", generate)
-    model = SimpleNamespace(classes=SimpleNamespace(names=("a", "b", "c")), device="cpu")
+    vae = SimpleNamespace(encode=lambda x: -x, decode=lambda z: -z)
+    model = SimpleNamespace(classes=SimpleNamespace(names=("a", "b", "c")), device="cpu", vae=vae)
     classifier, edit = lambda x: torch.tensor([[0., 1, 0]]).expand(len(x), 3), lambda caption, i: (f"{caption}!", i % 3)
     result = sample.evaluate(model, items, Judge(), classifier, edit, "xyz", n=3, batch=2, steps=7, seed=4)
     valid = labels != IGNORE
     iou = [((labels == c) & (wrong == c) & valid).sum() / ((labels == c) | (wrong == c))[valid].sum() for c in range(3)]
-    assert result["mIoU_generated"] == pytest.approx(np.mean(iou), abs=1e-5) and result["mIoU_real"] == 1
+    assert result["mIoU_generated"] == pytest.approx(np.mean(iou), abs=1e-5)
+    assert result["mIoU_real"] == result["mIoU_reconstructed"] == 1
     assert list(result["IoU_generated"].values()) == pytest.approx(iou, abs=1e-5) and iou[2] == 0
     assert result["layouts"] == 5 and result["editability"] == 0.4       # targets 0 1 2 0 1, answers 1
     assert result["editability_of"] == {"x": 0, "y": 1, "z": 0}

@@ -905,9 +905,9 @@ def bench(args):
 
 # -- the command line -------------------------------------------------------------------------------------------------
 
-STAGES = {"vae": (stage_vae, dict(steps=2600, batch=16, lr=1e-3)),
-          "base": (stage_base, dict(steps=10_000, batch=32, lr=1e-3)),
-          "judge": (stage_judge, dict(steps=2000, batch=16, lr=2e-3))}
+STAGES = {"vae": (stage_vae, dict(steps=6000, batch=16, lr=1e-3)),
+          "base": (stage_base, dict(steps=8000, batch=32, lr=1e-3)),
+          "judge": (stage_judge, dict(steps=1500, batch=8, lr=2e-3))}
 
 
 def interval(text):

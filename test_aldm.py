@@ -2625,6 +2625,11 @@ def test_report(tmp_path, toy_world):
     assert "| 0.750 ± 0.000 |" in run(*command)
 
 
+def test_bench_at_full_size_is_of_the_official_training():
+    args = train.complete(train.parse_args("--bench --preset sd15 --device cpu".split()))
+    assert (args.data, args.size, args.batch, args.unroll) == ("cityscapes", 512, 4, 9)
+
+
 def test_compiled_blocks_compute_the_same():
     """--compile changes neither values nor gradients nor names."""
     plain = nn.Sequential(ResnetBlock(32, 64, 8))

@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -604,7 +605,8 @@ class Toy(torch.utils.data.Dataset):
         self.augment, self.classes = augment, class_table("toy")
         keys = [(first + i, domains[i % len(domains)]) for i in range(length or usual)]
         if len(keys) >= 512 and sys.platform == "linux":   # fork is safe here: the children use numpy and PIL alone
-            with multiprocessing.get_context("fork").Pool(CORES) as pool:
+            default = signal.SIGTERM, signal.SIG_DFL       # by which a pool ends: a handler of ours could miss it, asleep
+            with multiprocessing.get_context("fork").Pool(CORES, signal.signal, default) as pool:
                 scenes = pool.starmap(toy_scene, keys, chunksize=64)
         else:
             scenes = [toy_scene(*key) for key in keys]

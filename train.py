@@ -186,7 +186,7 @@ class Run:
     """What any training needs around its step: one folder with a lock, log.csv and atomic checkpoints.
 
     state   {name: module or optimiser}: what a checkpoint holds besides the step. Randomness needs no state: every draw
-            of step s comes from (seed, s, rank), so that a resumed run continues bit for bit.
+            of step s comes from (seed, s, rank), so that a resumed run continues as if it had not been stopped.
     meta    plain values that must be the same when the run is resumed
     """
 
@@ -474,7 +474,7 @@ def print_table(before, after, seconds):
 
 NOISE = "--discriminator none"
 REPORTS = {         # --report NAME: the rows of a table, each by its flags; "" is ALDM with the toy's defaults (K = 0)
-    "main": [NOISE, NOISE + " --steps 500", ""],
+    "main": [NOISE, NOISE + " --steps 560", ""],
     "unrolling": [NOISE, "", "--unroll 3", "--unroll 3 --unroll-grad each", "--unroll 3 --unroll-grad full", "--unroll 9"],
     "discriminator": ["", "--discriminator frozen", NOISE],
     "lambda": ["--lambda-adv 1", "", "--lambda-adv 16", "--t-max 250", "--t-max 500"],

@@ -2599,7 +2599,8 @@ def test_the_autoencoder_starts_as_the_principal_components():
 
 
 def test_stages_make_a_base_that_trains(tmp_path):
-    """--stage vae, base, judge fill one file, each resumable; an adapter trains on it, and is judged."""
+    """--stage vae, base, judge fill one file, each resumable; an adapter trains on it, and is judged.
+    Seven processes: 30 s."""
     base, common = tmp_path / "base.safetensors", ("--device", "cpu", "--steps", 2, "--batch", 4, "--scenes", 100)
     for stage in ("vae", "base", "judge"):
         run("train.py", "--stage", stage, "--sd", base, "--out", tmp_path / stage, *common)
@@ -2625,7 +2626,7 @@ def test_what_is_shipped_works(tmp_path):
 
 
 def test_report(tmp_path, toy_world):
-    """A report's rows are runs; what is finished is not run again."""
+    """A report's rows are runs; what is finished is not run again. Five processes: 21 s."""
     command = ("train.py", "--report", "discriminator", "--seeds", 1, "--jobs", 2, "--out", tmp_path, "--sd",
                toy_world / "toy.safetensors", "--device", "cpu", "--steps", 1, "--batch", 2, "--eval", 4, "--ddim-steps", 2)
     rows = [line for line in run(*command).splitlines() if line.startswith("| ")]

@@ -34,8 +34,8 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from aldm import (ALDM, JUDGE, PRESETS, atomic, base_file, load_frozen, load_into, load_segmenter, load_weights,
-                  pick_device, read_adapter)
+from aldm import (ALDM, JUDGE, PRESETS, atomic, base_file, keep_memory, load_frozen, load_into, load_segmenter,
+                  load_weights, pick_device, read_adapter)
 from data import (DOMAINS, IGNORE, PHRASES, Classes, InputError, class_table, colorize, compose_caption, open_dataset,
                   read_captions, read_layout, refuse, toy_scene)
 from discriminator import Classifier, UperNet, confusion_matrix, mean_iou
@@ -54,7 +54,7 @@ def load_model(adapter=ADAPTER, sd=None, device="cpu", classes=None, merge=True)
 
     classes   None: those that the file describes
     merge     make it fast, and fit for sampling alone: OFT's rotations go into the weights; on CUDA, UNet and adapter
-              become bf16 and channels_last
+              become bf16
     Raises InputError for files that cannot be used.
     """
     device, (meta, parts) = torch.device(device), read_adapter(adapter)
@@ -67,7 +67,8 @@ def load_model(adapter=ADAPTER, sd=None, device="cpu", classes=None, merge=True)
     if merge and meta["adapter"] == "oft":
         OFT.merge(model.unet)
     for part in (model.unet, model.adapter) if fast else ():
-        part.to(torch.bfloat16, memory_format=torch.channels_last)
+        part.bfloat16()
+    (model if fast else model.vae).to(memory_format=torch.channels_last)        # on a CPU the UNet gains nothing by it
     return model.requires_grad_(False).eval()
 
 
@@ -761,6 +762,8 @@ def parse_args(argv=None):
     if not (args.layout or args.layouts or args.evaluate or args.bench or args.serve):
         raise InputError("nothing to do: give --layout FILE, --layouts DIR|SPLIT, --evaluate, --bench or --serve")
     args.device = pick_device(args.device)
+    if args.device == "cpu":
+        keep_memory()
     args.n = args.n or (4 if args.evaluate else 1)
     args.prompts = args.prompts or (["{caption}"] if args.layouts else None)
     return args

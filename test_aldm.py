@@ -313,8 +313,8 @@ def test_gradient_modes_agree_in_value_and_differ_in_gradient():
 
 
 @pytest.mark.parametrize("mode", ["first", "each", "full"])
-def test_recompute_and_group_change_nothing(mode):
-    plain, lean = unrolled(mode), unrolled(mode, recompute=True, group=2)
+def test_groups_of_estimates_change_nothing(mode):
+    plain, lean = unrolled(mode), unrolled(mode, group=2)
     assert np.isclose(plain[5], lean[5], rtol=1e-6) and np.isclose(plain[6], lean[6], rtol=1e-6)
 
 
@@ -2298,7 +2298,7 @@ def test_ten_dropped_steps_in_a_row_stop_a_run(tmp_path):
 
 def setting(**kw):
     args = dict(d_start=0, lazy=1, discriminator="trained", lambda_adv=1., ramp=(0, 1), t_max=1000, unroll=1,
-                ddim_steps=4, unroll_grad="first", recompute=False, group=0, fake_weight=0.5,
+                ddim_steps=4, unroll_grad="first", group=0, fake_weight=0.5,
                 device="cpu", bf16=False)
     return SimpleNamespace(**{**args, **kw})
 
@@ -2646,15 +2646,36 @@ def test_bench_at_full_size_is_of_the_official_training():
 
 def test_compiled_blocks_compute_the_same():
     """--compile changes neither values nor gradients nor names."""
-    plain = nn.Sequential(ResnetBlock(32, 64, 8))
+    plain = nn.ModuleDict({"vae": ResnetBlock(32, 64, 8)})
     compiled, x = copy.deepcopy(plain), torch.randn(2, 32, 16, 16)
-    train.fast(compiled, nn.Identity(), SimpleNamespace(device="cpu", compile=True))
-    values = [net(x) for net in (plain, compiled)]
-    assert compiled[0]._compiled_call_impl and torch.allclose(*values, atol=1e-5)
+    train.fast(compiled, nn.Identity(), SimpleNamespace(device="cpu", compile=True, recompute=True))
+    values = [net["vae"](x) for net in (plain, compiled)]
+    assert compiled["vae"]._compiled_call_impl and torch.allclose(*values, atol=1e-5)
     for value in values:
         value.square().mean().backward()
     assert all(near(p.grad, q.grad) for p, q in zip(plain.parameters(), compiled.parameters()))
     assert list(plain.state_dict()) == list(compiled.state_dict())
+
+
+@pytest.mark.parametrize("unroll_grad", ["first", "full"])
+@pytest.mark.parametrize("adapter", ["controlnet", "oft"])
+def test_recompute_keeps_less_and_changes_nothing(adapter, unroll_grad):
+    def run(recompute):
+        model, D = tiny_model(adapter), UperNet(20, **PRESETS["toy"].segmenter)
+        for p in model.adapter.parameters():
+            p.data += 0.01 * torch.randn_like(p)
+        train.fast(model, D, SimpleNamespace(device="cpu", compile=False, recompute=recompute))
+        kept, label = [], torch.randint(0, 19, (2, 64, 64))
+        keep = lambda x: kept.append(x.untyped_storage()) or x
+        batch = {"label": label, "x0": torch.randn(2, 16, 16, 16), "context": model.text.encode(["a street", ""])}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss, *_ = train.generator_loss(model, D, batch, 5, setting(unroll_grad=unroll_grad))
+        loss.backward()
+        size = sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values())
+        return loss, torch.cat([p.grad.flatten() for p in model.adapter.parameters()]), size
+
+    (loss, grad, size), (lean_loss, lean_grad, lean_size) = run(False), run(True)
+    assert torch.allclose(loss, lean_loss) and near(grad, lean_grad) and lean_size < size / 2
 
 
 def test_bench(train_cli):

@@ -29,6 +29,7 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +38,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from aldm import (ALDM, JUDGE, PRESETS, Schedule, TextEncoder, atomic, load_class_embeddings, load_frozen, load_into,
-                  load_segmenter, load_weights, pick_device, read_adapter, save_adapter, save_base,
+from aldm import (ALDM, JUDGE, PRESETS, Schedule, TextEncoder, atomic, base_file, keep_memory, load_class_embeddings,
+                  load_frozen, load_into, load_segmenter, load_weights, pick_device, read_adapter, save_adapter, save_base,
                   unrolled_adversarial_loss)
 from data import DOMAINS, InputError, Toy, batches, class_table, colorize, open_dataset, refuse
 from discriminator import Bottleneck, Classifier, UperNet, discriminator_loss
@@ -53,6 +55,7 @@ from vae import VAE, ResnetBlock
 DEFAULTS = {
     #                  toy      cityscapes   ade20k      coco       a folder
     "preset":       ("toy",     "sd15",     "sd15",     "sd15",     "sd15"),
+    "adapter":      ("oft", "controlnet", "controlnet", "controlnet", "controlnet"),
     "size":         (64,        512,        512,        512,        512),      # pixels
     "steps":        (300,       120_000,    200_000,    200_000,    100_000),
     "batch":        (16,        4,          4,          4,          4),        # per process
@@ -63,7 +66,7 @@ DEFAULTS = {
     "ramp":         ((100, 150), (5000, 10_000), (10_000, 15_000), (10_000, 15_000), (5000, 10_000)),
     "d_start":      (100,       0,          5000,       5000,       0),        # D is trained from this step on
     "lazy":         (2,         8,          8,          8,          8),        # adversarial term and D every n-th step
-    "unroll":       (0,         9,          9,          9,          9),        # K
+    "unroll":       (3,         9,          9,          9,          9),        # K
     "save_every":   (100,       1000,       1000,       1000,       1000),
     "sample_every": (100,       500,        500,        500,        500),
 }
@@ -104,7 +107,7 @@ def generator_loss(model, discriminator, batch, step, args):
     unroll = args.unroll if weight else 0                       # before the ramp only D learns
     with torch.set_grad_enabled(weight > 0):
         adv, fakes = unrolled_adversarial_loss(model, discriminator, x_t, eps, start, timesteps, label, context, layout,
-                                               unroll, args.unroll_grad, args.recompute, args.group)
+                                               unroll, args.unroll_grad, args.group)
     return noise_loss + weight * adv, {"noise": noise_loss, "adv": adv}, fakes
 
 
@@ -388,10 +391,14 @@ def build(args):
 
 
 def fast(model, discriminator, args):
-    """The memory format that convolutions like, and --compile: block by block, since blocks of a kind and shape share
-    their code; weights and their names stay as they are."""
-    if args.device != "cpu":
-        model, discriminator = (m.to(memory_format=torch.channels_last) for m in (model, discriminator))
+    """What changes a step's speed and memory, but neither values nor weights and their names: the memory format that
+    convolutions like (on a CPU those of the UNet gain nothing by it), --recompute and --compile. These go block by block:
+    only one block's activations are anew in memory at a time, and blocks of a kind and shape share their compiled code."""
+    for part in (model.vae if args.device == "cpu" else model, discriminator):
+        part.to(memory_format=torch.channels_last)
+    for module in model.modules() if args.recompute else ():        # (not D's: its batch norms would count twice)
+        if isinstance(module, (ResBlock, SpatialTransformer, ResnetBlock)):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
     if args.compile:
         torch._dynamo.config.recompile_limit = 256                  # shapes, modes and gradients differ by block
         for module in [*model.modules(), *discriminator.modules()]:
@@ -473,13 +480,13 @@ def print_table(before, after, seconds):
 # -- the paper's tables in small --------------------------------------------------------------------------------------
 
 NOISE = "--discriminator none"
-REPORTS = {         # --report NAME: the rows of a table, each by its flags; "" is ALDM with the toy's defaults (K = 0)
-    "main": [NOISE, NOISE + " --steps 560", ""],
-    "unrolling": [NOISE, "", "--unroll 3", "--unroll 3 --unroll-grad each", "--unroll 3 --unroll-grad full", "--unroll 9"],
+REPORTS = {         # --report NAME: the rows of a table, each by its flags; "" is ALDM with the toy's defaults
+    "main": [NOISE, NOISE + " --steps 600", "--adapter controlnet " + NOISE + " --steps 500", ""],
+    "unrolling": [NOISE, "--unroll 0", "", "--unroll-grad each", "--unroll-grad full", "--unroll 9"],
     "discriminator": ["", "--discriminator frozen", NOISE],
     "lambda": ["--lambda-adv 1", "", "--lambda-adv 16", "--t-max 250", "--t-max 500"],
-    "adapters": [f"{adapter} {flags}".strip() for adapter in ("", "--adapter t2i", "--adapter oft", "--adapter freestyle")
-                 for flags in (NOISE, "", "--unroll 3")]}
+    "adapters": [f"--adapter {adapter} {flags}" for adapter in ("controlnet", "t2i", "oft", "freestyle")
+                 for flags in (NOISE, "--unroll 0", "--unroll 3")]}
 
 
 def report(args):
@@ -563,7 +570,7 @@ class Cache(torch.utils.data.Dataset):
     def write(self, index, model):
         image, label = self.dataset.full(index)
         both = torch.stack([image, image.flip(-1)]).to(model.device)
-        moments = torch.cat(model.vae.moments(both), dim=1)             # [2 (as it is, mirrored), 2z, h, w]
+        moments = torch.cat(model.vae.moments(both), dim=1).contiguous()        # [2 (as it is, mirrored), 2z, h, w]
         context = model.text.encode([self.dataset[index]["caption"]])[0]
         with atomic(self.file(index)) as temporary:
             save_file({"moments": moments.half().cpu(), "label": label.byte(), "context": context.half().cpu()},
@@ -722,8 +729,8 @@ def normalize_latents(vae, image):
 def stage_base(args):
     """Text-to-image: the UNet and the text tower, on all domains, without layouts. One caption in ten is empty (for
     guidance), one in seven names a class ("A photo of car"), so that class embeddings mean something."""
-    device, vae = torch.device(args.device), VAE(PRESETS["toy"].vae)
-    load_into(vae, load_weights(base_file(args)).get("vae", {}), f"{base_file(args)}: vae", device, torch.float32)
+    device, vae, path = torch.device(args.device), VAE(PRESETS["toy"].vae), args.sd or base_file("toy")
+    load_into(vae, load_weights(path).get("vae", {}), f"{path}: vae", device, torch.float32)
     toy = Toy("train", DOMAINS, length=args.scenes)
     torch.manual_seed(args.seed)
     text, unet = TextEncoder(**PRESETS["toy"].text).to(device), UNet(PRESETS["toy"].unet).to(device)
@@ -782,13 +789,9 @@ def stage_judge(args):
     write_base(args, nets)
 
 
-def base_file(args):
-    return args.sd or Path(__file__).parent / "assets" / "toy.safetensors"
-
-
 def write_base(args, parts, token_ids=None):
     """Put these parts into the base file, beside what other stages have put there."""
-    path = Path(base_file(args))
+    path = Path(args.sd or base_file("toy"))
     old = load_weights(path) if path.exists() else {}
     if rank() == 0:
         save_base(path, {**old, **parts}, token_ids)
@@ -941,8 +944,7 @@ def parse_args(argv=None):
     add("--preset", str, "size of the networks", choices=list(PRESETS))
     add("--sd", str, "Stable Diffusion 1.x, .safetensors or .ckpt (default: downloaded; toy: assets/toy.safetensors)")
     add("--init", str, "start the adapter from this file: ours, an official ALDM checkpoint, a ControlNet")
-    add("--adapter", str, "what brings the layout in", choices=["controlnet", "t2i", "oft", "freestyle"],
-        default="controlnet")
+    add("--adapter", str, "what brings the layout in", choices=["controlnet", "t2i", "oft", "freestyle"])
     add("--hint", str, "the ControlNet's hint: ALDM's class embeddings, or colours", choices=["classes", "color"],
         default="classes")
     add("--class-embeddings", str, "the official .pth file (default: computed by the text encoder)")
@@ -964,7 +966,7 @@ def parse_args(argv=None):
     add("--unroll-grad", str, "where the gradient flows in them", choices=["first", "each", "full"], default="first")
     add("--ddim-steps", whole(1, 1000), "DDIM subset of the unrolling, and steps of the pictures", default=25)
     add("--t-max", whole(1, 1000), "the adversarial term starts from timesteps below this", default=1000)
-    add("--recompute", None, "decoder and discriminator anew in the backward pass: less memory", action="store_true")
+    add("--recompute", None, "the networks' blocks anew in the backward pass: less memory", action="store_true")
     add("--group", whole(0), "unrolled estimates decoded in one batch (0: all)", default=0)
     add("--seed", whole(0, 2 ** 32 - 1), "of everything", default=0)
     add("--device", str, "cpu or cuda (default: cuda if there)")
@@ -1006,8 +1008,9 @@ def complete(args):
             setattr(args, name, values[column])
     args.out = args.out or f"runs/{args.stage or (args.report and 'report') or Path(args.data).name}"
     args.device = pick_device(args.device)
-    if args.bf16 and args.device == "cpu":      # fused attention's backward pass is slow in bf16 on the CPU
-        torch.backends.cuda.enable_flash_sdp(False)
+    if args.device == "cpu":
+        keep_memory()
+        torch.backends.cuda.enable_flash_sdp(not args.bf16)     # on the CPU its backward pass is slow in bf16
     args.bf16 = args.bf16 or args.device != "cpu"
     args.columns = ["noise", "adv", "D_real", "D_fake", "dropped"]
     if args.unroll >= args.ddim_steps:

@@ -2608,7 +2608,7 @@ def test_stages_make_a_base_that_trains(tmp_path):
         run("train.py", "--stage", stage, "--sd", base, "--out", tmp_path / stage, *common, "--resume")
         assert base.read_bytes() == before
     assert set(load_weights(base)) == {"vae", "unet", "text", "segmenter", "judge", "domain"}
-    flags = ("--sd", base, "--device", "cpu", "--steps", 1, "--batch", 2, "--eval", 4, "--ddim-steps", 2)
+    flags = ("--sd", base, "--device", "cpu", "--steps", 1, "--batch", 2, "--eval", 4, "--ddim-steps", 4)
     out = run("train.py", *flags, "--out", tmp_path / "run")
     after = json.loads((tmp_path / "run" / "judged.json").read_text())
     assert "before" in out and "trained in" in out and f"{after['mIoU_generated']:8.3f}" in out
@@ -2628,7 +2628,7 @@ def test_what_is_shipped_works(tmp_path):
 def test_report(tmp_path, toy_world):
     """A report's rows are runs; what is finished is not run again. Five processes: 21 s."""
     command = ("train.py", "--report", "discriminator", "--seeds", 1, "--jobs", 2, "--out", tmp_path, "--sd",
-               toy_world / "toy.safetensors", "--device", "cpu", "--steps", 1, "--batch", 2, "--eval", 4, "--ddim-steps", 2)
+               toy_world / "toy.safetensors", "--device", "cpu", "--steps", 1, "--batch", 2, "--eval", 4, "--ddim-steps", 4)
     rows = [line for line in run(*command).splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows[1:]] == [f"| `{name}`" for name in (
         "(the defaults)", "--discriminator frozen", "--discriminator none")]

@@ -129,7 +129,7 @@ def pick_device(name=None):
 
 def keep_memory():
     """For CPUs: glibc gives the memory of large tensors back to the system as soon as they are freed, and gets it anew,
-    zeroed page by page, for the next ones. Here it keeps it: SD's UNet and decoder take a fifth less time."""
+    zeroed page by page, for the next ones. Here it keeps it: SD's UNet takes a fifth less time."""
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         for option, value in (-4, 0), (-1, -1), (-8, 1):        # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
             mallopt(option, value)

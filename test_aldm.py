@@ -2657,7 +2657,7 @@ def test_compiled_blocks_compute_the_same():
     assert list(plain.state_dict()) == list(compiled.state_dict())
 
 
-@pytest.mark.parametrize("unroll_grad", ["first", "full"])
+@pytest.mark.parametrize("unroll_grad", ["first", "each", "full"])
 @pytest.mark.parametrize("adapter", ["controlnet", "oft"])
 def test_recompute_keeps_less_and_changes_nothing(adapter, unroll_grad):
     def run(recompute):

@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 import types
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +34,9 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import aldm
 import data
@@ -2676,6 +2680,60 @@ def test_recompute_keeps_less_and_changes_nothing(adapter, unroll_grad):
 
     (loss, grad, size), (lean_loss, lean_grad, lean_size) = run(False), run(True)
     assert torch.allclose(loss, lean_loss) and near(grad, lean_grad) and lean_size < size / 2
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive; with fake tensors, without having them."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for t in tree_leaves(result):
+            if torch.is_tensor(t) and (key := (storage := t.untyped_storage())._cdata) not in self.sizes:
+                self.sizes[key] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.drop, key)
+        return result
+
+    def drop(self, key):
+        self.now -= self.sizes.pop(key)
+
+
+def peak_memory(flags):
+    """The GiB that live tensors take at most in a noise step and in an adversarial step with D's, at SD's size in bf16."""
+    args = train.complete(train.parse_args(["--bench", "--preset", "sd15", "--bf16", *flags.split()]))
+    preset, B, side = PRESETS["sd15"], args.batch, args.size // 8
+    with torch.device("meta"):
+        unet, vae, text = UNet(preset.unet), VAE(preset.vae), TextEncoder(**preset.text)
+        model = ALDM(preset, unet.bfloat16(), vae, text, class_table("cityscapes"), args.adapter, args.hint,
+                     torch.empty(20, 768)).to("meta")
+        model, D = train.fast(model, UperNet(20, **preset.segmenter), args)
+    flash = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION)      # as on a GPU
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, flash:
+        optimizers = []
+        for module, net in (model, model.adapter), (D, D):
+            module.to_empty(device="cpu")
+            optimizers.append(torch.optim.AdamW([p for p in net.parameters() if p.requires_grad or net is D], fused=True))
+            for p in optimizers[-1].param_groups[0]["params"]:
+                p.grad = torch.empty_like(p)
+            train.update(optimizers[-1], {})                        # AdamW's states are there
+        batch = {"label": torch.zeros(B, args.size, args.size, dtype=torch.int64), "x0": torch.randn(B, 4, side, side),
+                 "context": torch.randn(B, 77, 768)}
+        peaks, args.ramp, args.d_start = [], (0, 1), 0
+        for step in 9, 8:
+            live.peak = live.now
+            train.train_step(model, D, *optimizers, [batch] * args.accumulate, step, args)
+            peaks.append(live.peak / 2 ** 30)
+    return peaks
+
+
+def test_batch_4_of_512_pixels_with_9_unrolled_steps_fits_a_24_gb_card():
+    noise, adversarial = peak_memory("--batch 4 --size 512 --unroll 9 --group 1 --recompute")
+    assert 10 < noise < adversarial < 20                            # room for cuDNN and the allocator
 
 
 def test_bench(train_cli):

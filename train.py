@@ -59,7 +59,7 @@ DEFAULTS = {
     "size":         (64,        512,        512,        512,        512),      # pixels
     "steps":        (300,       120_000,    200_000,    200_000,    100_000),
     "batch":        (16,        4,          4,          4,          4),        # per process
-    "lr":           (1e-3,      1e-5,       2e-5,       2e-5,       1e-5),     # of the adapter
+    "lr":           (5e-4,      1e-5,       2e-5,       2e-5,       1e-5),     # of the adapter
     "lr_d":         (5e-5,      1e-6,       1e-6,       1e-6,       1e-6),     # of the discriminator: one-cycle maximum
     "lambda_adv":   (4.0,       0.1,        0.5,        0.5,        0.1),
     "fake_weight":  (0.01,      0.01,       0.001,      0.001,      0.01),     # of the fake term of L_Dis
@@ -481,10 +481,10 @@ def print_table(before, after, seconds):
 
 NOISE = "--discriminator none"
 REPORTS = {         # --report NAME: the rows of a table, each by its flags; "" is ALDM with the toy's defaults
-    "main": [NOISE, NOISE + " --steps 600", "--adapter controlnet " + NOISE + " --steps 500", ""],
+    "main": [NOISE, f"{NOISE} --lr 1e-3 --steps 600", f"--adapter controlnet {NOISE} --lr 2e-3 --steps 500", ""],
     "unrolling": [NOISE, "--unroll 0", "", "--unroll-grad each", "--unroll-grad full", "--unroll 9"],
     "discriminator": ["", "--discriminator frozen", NOISE],
-    "lambda": ["--lambda-adv 1", "", "--lambda-adv 16", "--t-max 250", "--t-max 500"],
+    "lambda": ["--lambda-adv 1", "", "--lambda-adv 16", "--t-max 500", "--t-max 750"],
     "adapters": [f"--adapter {adapter} {flags}" for adapter in ("controlnet", "t2i", "oft", "freestyle")
                  for flags in (NOISE, "--unroll 0", "--unroll 3")]}
 
@@ -977,7 +977,7 @@ def parse_args(argv=None):
     add("--workers", whole(0), "processes that load images", default=0)
     add("--save-every", whole(1), "steps between checkpoints")
     add("--sample-every", whole(1), "steps between pictures")
-    add("--eval", whole(0), "toy layouts judged before and after the training", default=48)
+    add("--eval", whole(0), "toy layouts judged before and after the training", default=96)
     add("--no-before", None, "judge after the training only", action="store_false", dest="before")
     add("--keep", whole(1), "checkpoints kept, besides every tenth", default=2)
     add("--resume", None, "go on from the newest checkpoint in --out", action="store_true")

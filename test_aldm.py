@@ -2733,7 +2733,16 @@ def peak_memory(flags):
 
 def test_batch_4_of_512_pixels_with_9_unrolled_steps_fits_a_24_gb_card():
     noise, adversarial = peak_memory("--batch 4 --size 512 --unroll 9 --group 1 --recompute")
-    assert 10 < noise < adversarial < 20                            # room for cuDNN and the allocator
+    assert 8 < noise < adversarial < 20                             # room for cuDNN and the allocator
+
+
+def test_init_starts_from_a_file_whose_kind_of_adapter_it_takes(train_cli, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train_cli("--adapter", "t2i", "--lr", 0.1, "--steps", 2, "--out", first)[0] == 0
+    assert train_cli("--init", first, "--lr", 1e-9, "--steps", 1, "--out", second)[0] == 0
+    (meta, before), (_, after) = read_adapter(first), read_adapter(second)
+    assert meta["adapter"] == "t2i" and before["adapter"]["conv_in.weight"].abs().max() > 0.01
+    assert all(torch.allclose(t, after["adapter"][name], atol=1e-6) for name, t in before["adapter"].items())
 
 
 def test_bench(train_cli):

@@ -943,7 +943,7 @@ def parse_args(argv=None):
     add("--out", str, "folder of checkpoints, log.csv, pictures and adapter.safetensors (default runs/DATA)")
     add("--preset", str, "size of the networks", choices=list(PRESETS))
     add("--sd", str, "Stable Diffusion 1.x, .safetensors or .ckpt (default: downloaded; toy: assets/toy.safetensors)")
-    add("--init", str, "start the adapter from this file: ours, an official ALDM checkpoint, a ControlNet")
+    add("--init", str, "start the adapter from this file: ours, official ALDM, a ControlNet, a T2I-Adapter")
     add("--adapter", str, "what brings the layout in", choices=["controlnet", "t2i", "oft", "freestyle"])
     add("--hint", str, "the ControlNet's hint: ALDM's class embeddings, or colours", choices=["classes", "color"],
         default="classes")
@@ -1001,6 +1001,8 @@ def complete(args):
     column = DATASETS.index(args.data) if args.data in DATASETS else len(DATASETS)
     if args.preset == "toy":
         args.size = args.size or PRESETS["toy"].size
+    if args.init:
+        args.adapter = args.adapter or read_adapter(args.init)[0]["adapter"]
     for name, values in DEFAULTS.items():
         if args.stage and name in STAGES[args.stage][1]:
             values = [STAGES[args.stage][1][name]] * 5

@@ -2705,7 +2705,7 @@ class LiveBytes(TorchDispatchMode):
 
 def peak_memory(flags):
     """The GiB that live tensors take at most in a noise step and in an adversarial step with D's, at SD's size in bf16."""
-    args = train.complete(train.parse_args(["--bench", "--preset", "sd15", "--bf16", *flags.split()]))
+    args = train.complete(train.parse_args(f"--bench --preset sd15 --device cpu --bf16 {flags}".split()))
     preset, B, side = PRESETS["sd15"], args.batch, args.size // 8
     with torch.device("meta"):
         unet, vae, text = UNet(preset.unet), VAE(preset.vae), TextEncoder(**preset.text)

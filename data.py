@@ -1,20 +1,27 @@
 """Data: class tables, layout files, image/label pairs on disk, the toy world, captions, batches.
 
-A layout is a label map, int64 [H,W]: class ids 0..N-1, and 255 where nothing is known (void). Every dataset yields the
-same dict (see `item`), and an item is a pure function of its key, so that a resumed run sees the very same batches.
+A layout is a label map, int64 [H,W]: class ids 0..N-1, and 255 where nothing is known (void). Every
+dataset yields the same dict (see `read_item`), and an item is a pure function of its key, so that a
+resumed run sees the very same batches.
 
-    python data.py --show world.png                         eight layouts of the toy world in its five domains
-    python data.py --write-toy DIR --format cityscapes      the toy world as files, in Cityscapes' folders
+    python data.py --show world.png          eight layouts of the toy world in its five domains
+    python data.py --write-toy DIR           the toy world as files, in Cityscapes' folders
 """
+import os
+import signal
+
+if __name__ == "__main__":                       # Ctrl-C while the slow imports run
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import colorsys
+import contextlib
 import functools
+import hashlib
+import io
 import itertools
 import json
-import multiprocessing
-import os
 import re
-import signal
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -23,186 +30,322 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
-IGNORE = 255                                               # the void label: no class, no loss
-MAX_PIXELS = 64 * 2**20                                    # a larger image file is refused before it is decoded
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)      # PIL's limit lies above ours
-warnings.filterwarnings("ignore", "This process.*is multi-threaded, use of fork", DeprecationWarning)      # see Toy
+IGNORE = 255                                     # the void label: no class, no loss
+MAX_PIXELS = 64 * 2**20                          # a larger image is refused before it is decoded
+ASSETS = Path(__file__).parent / "assets"
+PICTURES = ".png", ".jpg", ".jpeg"               # the suffixes of image files, in any case
+Image.MAX_IMAGE_PIXELS = None                    # open_image has a limit of its own
+warnings.filterwarnings("ignore", "This process.*use of fork", DeprecationWarning)  # DataLoader's
 
 
 class InputError(Exception):
-    """A file or an argument that cannot be used. Its text says what is wrong, where, and what to do."""
+    """A file or an argument that cannot be used: what is wrong, where, and what to do."""
 
 
 def refuse(message):
-    """What the command lines do with wrong arguments (argparse's `error`): one line, without the usage."""
+    """What the command lines do with wrong arguments (argparse's `error`): one line, no usage."""
     raise InputError(message)
 
 
-# ---- Class tables: names, palettes (six hex digits a class) and file ids, as their publishers give them.
+def check_name(path):
+    """Raises InputError for a name that is not UTF-8: caption files and messages cannot hold it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        readable = os.fsencode(path).decode(errors="replace")
+        raise InputError(f"{readable}: a name that is not UTF-8: rename it") from None
 
-CITYSCAPES_NAMES = """
-road,sidewalk,building,wall,fence,pole,traffic light,traffic sign,vegetation,terrain,sky,person,rider,car,truck,bus,
-train,motorcycle,bicycle"""
-CITYSCAPES_PALETTE = """
-804080f423e846464666669cbe9999999999faaa1edcdc006b8e2398fb984682b4dc143cff000000008e000046003c640050640000e6770b20"""
-CITYSCAPES_IDS = 7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33      # labelIds of these 19
-CITYSCAPES_VOID = "000000 00005a 00006e 510051 6f4a00 966464 96785a b4a5b4 e6968c faaaa0"      # caravan, trailer, ...
-ADE20K_NAMES = """
-wall,building,sky,floor,tree,ceiling,road,bed,window,grass,cabinet,sidewalk,person,ground,door,table,mountain,plant,
-curtain,chair,car,water,painting,sofa,shelf,house,sea,mirror,carpet,field,armchair,seat,fence,desk,stone,wardrobe,lamp,
-bathtub,railing,cushion,pedestal,box,pillar,signboard,dresser,counter,sand,sink,skyscraper,fireplace,refrigerator,
-grandstand,path,stairs,runway,case,pool table,pillow,screen door,stairway,river,bridge,bookcase,blinds,coffee table,
-toilet,flower,book,hill,bench,countertop,stove,palm,kitchen island,computer,swivel chair,boat,bar,arcade machine,hovel,
-bus,towel,light,truck,tower,chandelier,awning,streetlight,booth,television,airplane,dirt road,apparel,pole,land,
-bannister,escalator,pouf,bottle,sideboard,poster,stage,van,ship,fountain,conveyer,canopy,washer,plaything,
-swimming pool,stool,barrel,basket,waterfall,tent,bag,motorbike,cradle,oven,ball,food,stair,tank,brand,microwave,pot,
-animal,bicycle,lake,dishwasher,screen,blanket,sculpture,hood,sconce,vase,traffic light,tray,ashcan,fan,pier,screen,
-plate,monitor,bulletin board,shower,radiator,glass,clock,flag"""
-ADE20K_PALETTE = """
-787878b4787806e6e650323204c8037878508c8c8ccc05ffe6e6e604fa07e005ffebff0796053d78784608ff33ff06528fff8cccff04ff3307cc4603
-0066c83de6faff06330b66ffff0747ff09e00907e6dcdcdcff095c7009ff08ffd607ffe0ffb8060aff47ff290a07ffffe0ff086608ffff3d06ffc207
-ff7a0800ff14ff0829ff05990633ffeb0cffa0961400a3ff8c8c8cfa0a0f14ff001fff00ff1f00ffe00099ff000000ffff470000ebff00adff1f00ff
-0bc8c8ff520000fff5003dff00ff7000ff85ff0000ffa300ff6600c2ff00008fff33ff000052ff00ff2900ffad0a00ffadff0000ff99ff5c00ff00ff
-ff00f5ff0066ffad00ff0014ffb8b8001fff00ff3d0047ffff00cc00ffc200ff52000aff0070ff3300ff00c2ff007aff00ffa3ff990000ff0aff7000
-8fff005200ffa3ff00ffeb0008b8aa8500ff00ff5cb800ffff001f00b8ff00d6ffff00705cff0000e0ff70e0ff46b8a0a300ff9900ff47ff00ff00a3
-ffcc00ff008f00ffeb85ff00ff00ebf500ffff007afff5000abed4d6ff0000ccff1400ffffff000099ff0029ff00ffcc2900ff29ff00ad00ff00f5ff
-4700ff7a00ff00ffb8005cffb8ff000085ffffd60019c2c266ff005c00ff"""
-COCO_NAMES = """
-person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,
-bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,
-sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,
-bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,
-toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,
-teddy bear,hair drier,toothbrush,banner,blanket,branch,bridge,building,bush,cabinet,cage,cardboard,carpet,ceiling,
-tile ceiling,cloth,clothes,clouds,counter,cupboard,curtain,desk,dirt,door,fence,marble floor,floor,stone floor,
-tile floor,wood floor,flower,fog,food,fruit,furniture,grass,gravel,ground,hill,house,leaves,light,mat,metal,mirror,
-moss,mountain,mud,napkin,net,paper,pavement,pillow,plant,plastic,platform,playingfield,railing,railroad,river,road,
-rock,roof,rug,salad,sand,sea,shelf,sky,skyscraper,snow,solid,stairs,stone,straw,structural,table,tent,textile,towel,
-tree,vegetable,brick wall,concrete wall,wall,panel wall,stone wall,tile wall,wood wall,water,waterdrops,blind window,
-window,wood"""
-COCO_PALETTE = """
-dc143c770b2000008e0000e66a00e4003c640050640000460000c0faaa1e64aa1edcdc00af74affa001ea52a2aff4dff00e2fcb6b6ff00520078a69d
-6e4c00ae39ffc76400480076ffb3f0007d5cd10097bcd0b600dcb0ff63a45c00498581ff4eb4ff00e400aefff32d59ff8686679194aeffd0bac5e2ff
-ab86016d3f36cf8aff97005f09503d5469334a4169a6c466d0c3d2ff6d41008f95b300c2d1636a057900e3ffcd93bad0994501035fa1a3ff007700aa
-00b6c700a578b782585f20008272876e8185a64a76db8eb94fd272b25a3e41460f7fa7733b696a8e6c2dc4ac005f3650804cffc93901f6007abfa2d0
-ffff8093d3cbc0608096646440006040e08086c79cc000e0a8abac80c080928b8dc0e08080c040c00060c060009270c6008060d2aa64404040d0e5e4
-5c8859be99990080e080e00040c040808060da58b8f1810000406000a080d911ff8040e098fb987c4ab50040e080a080464646804020ffe4ffc00080
-40c0209ad00040000040aa40002040408080c1005ccebaab6060604c5b718060c0400080ffb4c36a9ab0c00000e6968c3c8fff80408000728f5c5237
-fa8dffc04020fed47c494daeffa06240e040400040ffffff40604068546d00c0a0c0e040408040d1e28ca9a4834040c0e1c7ff6b8e23c0404089364a
-4020c0c0c0c00040a0879edf07f6e76bffc83a2995c04080b7798eff4961404000"""
-COCO_GAPS = 11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90     # of the ids 0..181 these have no class
 
-# The nearest ADE20K class by meaning (ADE20K's: the others'); a name that both have needs no entry.
-NEAREST_ADE = """
-animal:bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe;apparel:tie,clothes;bag:backpack,handbag,suitcase
-ball:sports ball;blanket:cloth;blinds:blind window;box:cardboard;building:structural;bus:train;canopy:umbrella
-cabinet:cupboard,furniture;carpet:mat,rug;ceiling:tile ceiling;computer:laptop,keyboard;curtain:textile;flag:banner
-field:playingfield;floor:marble floor,stone floor,tile floor,wood floor;glass:wine glass,cup;grass:terrain,moss,straw
-food:banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,fruit,salad,vegetable;ground:dirt,mud
-house:roof;motorbike:motorcycle;oven:toaster;path:gravel,railroad;person:rider;plant:potted plant,bush;pot:bowl
-plaything:teddy bear,frisbee,kite,skateboard;poster:paper;sidewalk:pavement;signboard:traffic sign,stop sign
-sky:clouds,fog;sofa:couch;stage:platform;stone:rock;streetlight:parking meter;table:dining table;television:tv
-towel:napkin;tree:vegetation,branch,leaves;wall:brick wall,concrete wall,panel wall,stone wall,tile wall,wood wall
-water:waterdrops"""
-NEAREST_ADE = {name: ade for ade, names in re.findall(r"([\w ]+):(.+?)[;\n]", NEAREST_ADE + "\n")
-               for name in names.split(",")}
-
+# -- class tables
 
 @dataclass(frozen=True, eq=False)
 class Classes:
     """What the ids and the colours in a dataset's label files mean. N classes."""
-    key: str                                               # "toy", "cityscapes", "ade20k", "coco", or a folder
-    names: tuple                                           # N str
-    palette: np.ndarray                                    # uint8 [N,3]; a colour of two classes reads as the first
-    ade: tuple                                             # N str or None: the nearest class of ADE20K, where an ADE20K
-                                                           # segmenter's last layer is taken from (None: at random)
-    file_ids: np.ndarray                                   # int16 [256]: id in a file -> class or 255; -1: no such id
-    void: np.ndarray                                       # uint8 [M,3]: the colours of void, black first
+    key: str                                     # "toy", "cityscapes", "ade20k", "coco", a folder
+    names: tuple                                 # N str
+    palette: np.ndarray                          # uint8 [N,3]; of twins, the first is read
+    ade: tuple                                   # N str or None: the nearest class of ADE20K
+    file_ids: np.ndarray                         # int16 [256]: id in a file -> class, 255, -1: none
+    void: np.ndarray                             # uint8 [M,3]: the colours of void, black first
 
 
-def make_classes(key, names, palette, ids, void_ids=(), void="000000"):
-    """ids: the id in a file of each class; void_ids: those that mean void beside 255; void: colours in hex."""
-    table, ade = np.full(256, -1, np.int16), ADE20K_NAMES.strip().replace("\n", "").split(",")
-    table[list(ids)], table[list(void_ids) + [IGNORE]] = np.arange(len(names)), IGNORE
-    return Classes(key, tuple(names), palette, tuple(n if n in ade else NEAREST_ADE.get(n) for n in names), table,
-                   np.frombuffer(bytes.fromhex(void), np.uint8).reshape(-1, 3))
-
-
-@functools.cache
-def published(key):
-    names, palette, *ids = {
-        "ade20k": (ADE20K_NAMES, ADE20K_PALETTE, range(1, 151), [0]),
-        "coco": (COCO_NAMES, COCO_PALETTE, [i for i in range(182) if i not in COCO_GAPS]),
-    }.get(key, (CITYSCAPES_NAMES, CITYSCAPES_PALETTE, CITYSCAPES_IDS, sorted({*range(34)} - {*CITYSCAPES_IDS}),
-                CITYSCAPES_VOID))                          # the toy world speaks Cityscapes
-    palette = np.frombuffer(bytes.fromhex(palette), np.uint8).reshape(-1, 3)
-    return make_classes(key, names.strip().replace("\n", "").split(","), palette, *ids)
+def split_key(data):
+    """"toy:night" -> ("toy", "night"); "cityscapes" -> ("cityscapes", ""); folders stay whole."""
+    key, _, part = str(data).partition(":")
+    if key in ("toy", "cityscapes"):
+        return key, part
+    return str(data), ""
 
 
 def class_table(data):
     """data: "toy", "cityscapes", "ade20k", "coco", or a folder with classes.txt -> Classes.
 
-    classes.txt holds a class per line, in the order of the ids 0..N-1 (N <= 255): its name, and perhaps its colour,
-    `road 128 64 128`. A class without a colour gets one of its own. Blank lines and lines with # are passed over.
+    A part of a dataset ("toy:night", "cityscapes:fog") has the classes of the whole. See
+    `read_classes` for the file. Raises InputError for any other name and for a list with mistakes.
     """
-    data = "toy" if str(data).startswith("toy:") else str(data)
-    if data in ("toy", "cityscapes", "ade20k", "coco"):
-        return published(data)
-    path, names, given = Path(data) / "classes.txt", [], []
-    if not os.path.isfile(path):
-        raise InputError(f"{data}: name toy, cityscapes, ade20k, coco or a folder with a classes.txt")
+    key, _ = split_key(data)
+    if key in ("toy", "cityscapes", "ade20k", "coco"):
+        return published_classes(key)
+    path = Path(key) / "classes.txt"
+    if not path.is_file():
+        raise InputError(f"{key}: name toy, cityscapes, ade20k, coco or a folder with classes.txt")
+    return read_classes(path, key)
+
+
+@functools.cache
+def published_classes(key):
+    name = "cityscapes" if key == "toy" else key           # the toy world speaks Cityscapes
+    return read_classes(ASSETS / f"{name}.txt", key)
+
+
+# A class's line: `name` or `name R G B` between spaces, or with one of , ; : and tabs in between;
+# other tools put the id first, and an alpha of 255 last (here only where commas show what it is).
+SPACED = re.compile(r"(?:(\d+) +)?(\S.*?)(?: +(\d+) +(\d+) +(\d+))?")
+SEPARATED = re.compile(r"(?:(\d+) *[,;:\t] *)?([^,;:\t]+?)(?: *[,;:\t] *"
+                       r"(\d+)[ ,;:\t]+(\d+)[ ,;:\t]+(\d+)(?:[ ,;:\t]+255)?)?[ ,;:\t]*")
+HEADER = re.compile(r"((id|index) )?(name|class|label)( (r|red) (g|green) (b|blue)( (a|alpha))?)?")
+
+
+def parse_class(line, file_id):
+    """A class's line, the id that it has by its place -> name, colour (R, G, B) or None.
+
+    Raises ValueError with the reason where the line's meaning is not plain.
+    """
+    form = SEPARATED if re.search(r"[,;:\t]", line) else SPACED
+    found = form.fullmatch(line.replace('"', ""))
+    if found is None:
+        raise ValueError("not `name` or `name R G B`")
+    given_id, name, *colour = found.groups()
+    colour = tuple(int(v) for v in colour) if colour[0] else None
+    if given_id is not None and int(given_id) != file_id:
+        raise ValueError(f"id {given_id} in the place of id {file_id}; `void` fills gaps")
+    if colour and max(colour) > 255:
+        raise ValueError("colours are numbers in 0..255")
+    # "platform 9" is a name; but where does it end in "road 128 64", or in "platform 9 1 2 3"?
+    numbers = re.search(r"( +[-.\d]+)*$", name)[0].split()
+    allowed = 0 if colour and form is SPACED else 1
+    if len(numbers) > allowed or "#" in name or not re.search(r"[^\W\d]", name):
+        raise ValueError("not `name` or `name R G B`, or with commas `name, R, G, B`")
+    return name, colour
+
+
+def read_classes(path, key):
+    """A list of classes, as assets/*.txt and a folder's classes.txt -> Classes.
+
+    A line holds a class, `name` or `name R G B`, where needed with `= tree`, its nearest class of
+    ADE20K. The line's number is the id in label files, from 0; blank lines and lines with # are
+    passed over. `void`, perhaps with a colour, stands for an id without a class. A class without a
+    colour gets one of its own. Raises InputError that names the line.
+    """
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not to be read as UTF-8 text ({error}): save it as such")
-    for number, line in enumerate(map(str.strip, lines), 1):
-        if not line or line[0] == "#":
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
+    lines = [(number, line) for number, line in lines if line and line[0] != "#"]
+    if lines and HEADER.fullmatch(" ".join(re.split(r"[\s,;:]+", lines[0][1])).lower()):
+        lines = lines[1:]
+    if len(lines) > 255:
+        raise InputError(f"{path}: {len(lines)} classes, where a layout file can hold 255")
+    names, colours, nearest = [], [], []
+    void = [(0, 0, 0)]
+    file_ids = np.full(256, -1, np.int16)
+    file_ids[IGNORE] = IGNORE
+    for file_id, (number, line) in enumerate(lines):
+        entry, _, neighbour = (part.strip() for part in line.partition("="))
+        try:
+            name, colour = parse_class(entry, file_id)
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: {line!r}: {error}") from None
+        if neighbour and neighbour not in class_table("ade20k").names:
+            raise InputError(f"{path}, line {number}: ADE20K has no class {neighbour!r}")
+        if name.lower() == "void":
+            file_ids[file_id] = IGNORE
+            if colour:
+                void.append(colour)
             continue
-        found = re.fullmatch(r"(.+?)[\s,]+(-?\d+)[\s,]+(-?\d+)[\s,]+(-?\d+)", line)
-        name, rgb = (found[1], tuple(int(v) for v in found.groups()[1:])) if found else (line, None)
-        if re.search(r"[\s,]-?\d+[\s,]+-?\d+$", name) or rgb and not 0 <= min(rgb) <= max(rgb) <= 255:
-            raise InputError(f"{path}, line {number}: {line!r} is not `name` or `name R G B` with numbers in 0..255")
+        file_ids[file_id] = len(names)
         names.append(name)
-        given.append(rgb)
-    if not 1 <= len(names) <= 255:
-        raise InputError(f"{path}: {len(names)} classes, where a layout file can hold 1 to 255")
-    if twins := [name for name, c in zip(names, given) if c and given.count(c) > 1]:
+        colours.append(colour)
+        nearest.append(neighbour or name)
+    if not names:
+        raise InputError(f"{path}: no classes in there: write a name per line")
+    twins = [name for name, c in zip(names, colours) if c and (colours + void[1:]).count(c) > 1]
+    if twins and key != "ade20k":                # which publishes road and skyscraper in one colour
         raise InputError(f"{path}: {', '.join(twins)} share colours: give each its own, or none")
-    wheel = (colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.9, 0.55, 0.75)[i % 3], (0.95, 0.75, 0.5, 0.85)[i % 4])
-             for i in itertools.count())                   # the golden ratio keeps neighbours apart
-    fresh = (c for c in (tuple(int(255 * v) for v in c) for c in wheel) if c not in given)
-    return make_classes(str(data), names, np.array([c or next(fresh) for c in given], np.uint8), range(len(names)))
+    known = names if key == "ade20k" else class_table("ade20k").names
+    ade = tuple(name if name in known else None for name in nearest)
+    palette = np.array(fill_colours(colours), np.uint8)
+    void = np.unique(void, axis=0).astype(np.uint8)
+    return Classes(key, tuple(names), palette, ade, file_ids, void)
 
 
-# ---- Layout files.
+def fill_colours(colours):
+    """Replaces each None by a colour that no other class has."""
+    filled = list(colours)
+    turn = itertools.count()
+    for i, colour in enumerate(colours):
+        while filled[i] is None:
+            k = next(turn)                       # the golden ratio keeps neighbours' hues apart
+            saturation = (0.9, 0.55, 0.75)[k % 3]
+            value = (0.95, 0.75, 0.5, 0.85)[k % 4]
+            rgb = colorsys.hsv_to_rgb(k * 0.618034 % 1, saturation, value)
+            fresh = tuple(int(255 * v) for v in rgb)
+            if fresh not in colours:
+                filled[i] = fresh
+    return filled
+
+
+def classes_text(classes):
+    """The text of a classes.txt by which `class_table` knows these classes again, as ids 0..N-1."""
+    lines, seen = [], set()
+    for name, colour, ade in zip(classes.names, classes.palette.tolist(), classes.ade):
+        line = name
+        if tuple(colour) not in seen:            # of twins, the first keeps the colour
+            line += ", " + ", ".join(map(str, colour))
+        if ade not in (None, name):
+            line += f" = {ade}"
+        seen.add(tuple(colour))
+        lines.append(line + "\n")
+    return "".join(lines)
+
+
+# -- image files
 
 def open_image(path, decode=True):
-    """An image file -> PIL.Image, decoded; or only checked, which for PNG is faster.
+    """An image file -> PIL.Image in the file's own mode, turned as EXIF says.
 
-    Raises InputError unless it is a whole image of 8 x 8 to 64 Mpixel.
+    decode=False: the file is only checked, which for PNG is faster. Raises InputError unless it is
+    a whole image of 8 x 8 to 64 Mpixel.
     """
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: {'a folder, not an image file' if os.path.isdir(path) else 'no such file'}")
+    if os.path.isdir(path):
+        raise InputError(f"{path}: a folder, not an image file")
     try:
-        with Image.open(path) as image:                    # reads the header only
+        with Image.open(path) as image:          # reads the header only
             w, h = image.size
             if min(w, h) < 8 or w * h > MAX_PIXELS:
-                raise InputError(f"{path}: {w} x {h} pixels; wanted are 8 x 8 to {MAX_PIXELS >> 20} Mpixel")
-            image.load() if decode or image.format != "PNG" else image.verify()
-            return image
+                limit = MAX_PIXELS >> 20
+                raise InputError(f"{path}: {w} x {h} pixels; wanted are 8 x 8 to {limit} Mpixel")
+            may_turn = image.format != "PNG" or "exif" in image.info
+            if decode or may_turn:
+                image.load()
+            else:
+                image.verify()
     except InputError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise InputError(f"{path}: more than {MAX_PIXELS >> 20} Mpixel; make it smaller")
-    except UnidentifiedImageError:
-        what = "no image of a known format" if os.path.getsize(path) else "an empty file"
-        raise InputError(f"{path}: {what}: save it as PNG")
-    except Exception as error:                             # for a broken file PIL raises nearly anything
-        raise InputError(f"{path}: a broken image ({' '.join(str(error).split())}): fetch or write it again")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as error:                   # for a broken file PIL raises nearly anything
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise InputError(f"{path}: not an image that can be read ({reason})") from None
+    if may_turn:
+        with contextlib.suppress(Exception):     # broken EXIF says nothing of the picture
+            ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+def read_image(path):
+    """A photo -> PIL.Image in RGB; 16 bits are scaled to 8 (PIL alone would clip grey to white)."""
+    image = open_image(path)
+    if image.mode[0] == "I":
+        grey = np.asarray(image).clip(0, 65535) >> 8
+        image = Image.fromarray(grey.astype(np.uint8))
+    return image.convert("RGB")
+
+
+def find_images(folder, pattern="*", suffixes=(".png",)):
+    """-> sorted list of the image files in a folder, without hidden ones; suffixes in any case.
+
+    pattern: as in Path.glob, without the suffix. Raises InputError for names that are not UTF-8.
+    """
+    files = sorted(f for f in Path(folder).glob(pattern + ".*")
+                   if f.suffix.lower() in suffixes and f.name[0] != ".")
+    for file in files:
+        check_name(file)
+    return files
+
+
+# -- layout files
+
+def read_layout(path, dataset):
+    """A layout file -> label int64 [H,W], 255 = void.
+
+    dataset: a key, a folder with classes.txt, or a Classes. Taken are ids in one channel (those of
+    the dataset's own files, and -1 and 255 for void; see `choose_ids` for Cityscapes' two kinds),
+    colours in RGB or RGBA, and palette PNGs (see `match_palette`). Black and transparent are void.
+    Raises InputError for anything else.
+    """
+    classes = dataset if isinstance(dataset, Classes) else class_table(dataset)
+    image = open_image(path)
+    clear = find_transparent(image, path)
+    if image.mode in ("LA", "RGBA"):
+        image = image.convert(image.mode[:-1])
+    pixels = np.asarray(image)
+    lossy = image.format == "JPEG"
+    if image.mode == "RGB":
+        label, unknown = match_colours(pixels, classes)
+        unknown &= ~clear
+        if unknown.any():
+            raise InputError(f"{path}: {explain_colours(pixels, unknown, classes, lossy)}")
+    elif lossy or image.mode.split(";")[0] not in ("1", "L", "P", "I"):
+        raise InputError(f"{path}: {image.format} of mode {image.mode} holds no layout: save 8-bit "
+                         "ids or RGB colours as PNG")
+    else:
+        ids = pixels.astype(np.uint8) if pixels.dtype == bool else pixels
+        table = choose_ids(ids, classes, Path(path).name)
+        label = match_ids(ids, table)
+        if image.mode == "P":
+            label = match_palette(image, ids, clear, table, classes, path)
+        unknown = (label < 0) & ~clear
+        if unknown.any():
+            raise InputError(f"{path}: {explain_ids(ids[unknown], table, classes)}")
+    return torch.from_numpy(np.where(clear, IGNORE, label).astype(np.int64))
+
+
+def find_transparent(image, path):
+    """-> bool [H,W], or a single False: pixels that an alpha channel or PNG's tRNS chunk hides."""
+    if image.mode in ("LA", "RGBA"):
+        alpha = np.asarray(image.getchannel("A"))
+    elif isinstance(image.info.get("transparency"), bytes):          # alpha of each palette entry
+        entries = image.info["transparency"].ljust(256, b"\xff")
+        alpha = np.frombuffer(entries, np.uint8)[np.asarray(image)]
+    elif "transparency" in image.info:                               # one id, or one colour
+        hidden = np.asarray(image) == np.array(image.info["transparency"])
+        return hidden.all(-1) if image.mode == "RGB" else hidden
+    else:
+        return np.zeros((), bool)
+    half = np.count_nonzero((alpha > 0) & (alpha < 255))
+    if half:
+        raise InputError(f"{path}: {half} pixels are half transparent: save it opaque (alpha 255)")
+    return alpha == 0
+
+
+def choose_ids(ids, classes, name):
+    """The ids [H,W] of a file of this name -> the table that they follow, as Classes.file_ids.
+
+    Cityscapes has two kinds of files, labelIds (0..33) and labelTrainIds (0..18). The file's name
+    tells which; where it does not, any of 19..33 means labelIds, and otherwise they are train ids.
+    """
+    if classes.key not in ("toy", "cityscapes"):
+        return classes.file_ids
+    train_ids = "labelTrainIds" in name
+    if not train_ids and "labelIds" not in name:
+        train_ids = not ((ids > 18) & (ids < 34)).any()
+    if not train_ids:
+        return classes.file_ids
+    return np.array([*range(19), *[-1] * 236, IGNORE], np.int16)
+
+
+def match_ids(ids, table):
+    """Integers [H,W] -> class of each pixel int16 [H,W], 255 for void, -1 for no such id."""
+    if ids.dtype == np.uint8:
+        return table[ids]
+    ids = np.where(ids == -1, IGNORE, ids)       # Cityscapes' license plate
+    inside = (ids >= 0) & (ids < 256)
+    return np.where(inside, table[ids.clip(0, 255)], -1)
 
 
 def pack(rgb):
@@ -212,133 +355,264 @@ def pack(rgb):
 
 
 def match_colours(rgb, classes):
-    """uint8 [H,W,3] -> class of each pixel (255: void) int16 [H,W], and where the colour is no class's, bool [H,W]."""
-    table = dict.fromkeys(pack(classes.void).tolist(), IGNORE)
-    table |= {c: i for i, c in reversed(list(enumerate(pack(classes.palette).tolist())))}
-    known, code = np.array(sorted(table)), pack(rgb)
+    """uint8 [...,3] -> class int16 [...], 255 for void; bool [...]: where the colour is unknown."""
+    table = {code: IGNORE for code in pack(classes.void).tolist()}
+    codes = pack(classes.palette).tolist()
+    for c in reversed(range(len(codes))):        # so that the first of two twins stays
+        table[codes[c]] = c
+    known = np.array(sorted(table))
+    meaning = np.array([table[code] for code in known.tolist()], np.int16)
+    code = pack(rgb)
     at = np.searchsorted(known, code).clip(max=len(known) - 1)
-    return np.array([table[c] for c in known.tolist()], np.int16)[at], known[at] != code
+    return meaning[at], known[at] != code
 
 
-def match_ids(ids, classes, name):
-    """Integers [H,W] -> class of each pixel int16 [H,W] (-1: no such id); the table [256] that was used.
+def match_palette(image, ids, clear, table, classes, path):
+    """A palette image and its ids uint8 [H,W] -> class int16 [H,W], -1 for no such id.
 
-    Cityscapes has two kinds of files, labelIds (0..33) and labelTrainIds (0..18). The file's name tells which; where it
-    does not, any of 19..33 means labelIds, and otherwise they are train ids.
+    It holds ids, unless its colours are the dataset's and say something else: then these count, as
+    image editors and quantisers number colours anew. Raises InputError where half of its colours or
+    more are, or are within 8 of, the classes' and say something else, but not all the dataset's.
     """
-    table = classes.file_ids
-    if classes.key in ("toy", "cityscapes"):
-        named = [kind for kind in ("labelTrainIds", "labelIds") if kind in name]
-        if named[:1] == ["labelTrainIds"] or not named and not ((ids > 18) & (ids < 34)).any():
-            table = np.array([*range(19)] + [-1] * 236 + [IGNORE], np.int16)
-    if ids.dtype == np.uint8:
-        return table[ids], table
-    ids = np.where(ids == -1, IGNORE, ids)                 # Cityscapes' license plate
-    return np.where((ids < 0) | (ids > 255), -1, table[ids.clip(0, 255)]), table
+    used = np.unique(ids[~np.broadcast_to(clear, ids.shape)])
+    palette = np.array(image.getpalette("RGB") + [0] * 768)[:768].reshape(256, 3)
+    colours, by_id = palette[used], table[used]
+    by_colour, unknown = match_colours(colours, classes)
+    to_classes = measure_distances(colours, classes.palette)         # [n,N]
+    to_own = to_classes[np.arange(len(used)), by_id.clip(0, len(classes.names) - 1)]
+    to_own[(by_id < 0) | (by_id == IGNORE)] = 255
+    meaning = table.copy()
+    if unknown.any():
+        to_void = measure_distances(colours, classes.void).min(1)
+        to_class = to_classes.min(1)
+        tells = (to_class < to_void) | (to_void > 8)                 # void says nothing either way
+        near = tells & (to_class <= 8)
+        if 2 * near.sum() >= tells.sum() and (to_own[near] > 8).any():
+            off = ", ".join(str(tuple(c)) for c in colours[unknown][:4].tolist())
+            raise InputError(f"{path}: its palette is {classes.key}'s in another order, but for "
+                             f"{off}: mend these colours, or save ids in a single channel")
+    elif (by_colour != IGNORE).any():            # else all is black: a palette that was never set
+        meaning[used] = np.where(to_own == 0, by_id, by_colour)
+    return meaning[ids]
 
 
-def read_layout(path, dataset):
-    """A layout file -> label int64 [H,W], 255 = void. dataset: a key, a folder with classes.txt, or a Classes.
-
-    Taken are ids in one channel (those of the dataset's own files, and -1 and 255 for void; see `match_ids`), colours
-    in RGB or RGBA (black and transparent are void), and palette PNGs. These hold ids as well, unless all their colours
-    are the dataset's and say something else than the ids: then the colours count, as image editors and quantisers
-    number colours anew. Raises InputError for anything else.
-    """
-    classes = dataset if isinstance(dataset, Classes) else class_table(dataset)
-    image = open_image(path)
-    jpeg, clear = image.format == "JPEG", np.zeros((), bool)
-    if image.mode in ("LA", "RGBA"):
-        alpha = np.asarray(image.getchannel("A"))
-        if half := np.count_nonzero((alpha > 0) & (alpha < 255)):
-            raise InputError(f"{path}: {half} pixels are half transparent: save the layout opaque (alpha 255)")
-        image, clear = image.convert(image.mode[:-1]), alpha == 0
-    if image.mode == "RGB":
-        label, unknown = match_colours(np.asarray(image), classes)
-        if (unknown & ~clear).any():
-            raise InputError(f"{path}: {colour_trouble(np.asarray(image), unknown & ~clear, classes, jpeg)}")
-    elif jpeg or image.mode.split(";")[0] not in ("1", "L", "P", "I"):           # a grey JPEG has lost its ids
-        kind = "JPEG" if jpeg else "picture"
-        raise InputError(f"{path}: a {kind} of mode {image.mode} holds no layout: save 8-bit ids or RGB colours as PNG")
-    else:
-        ids = np.asarray(image)
-        ids = ids.astype(np.uint8) if ids.dtype == bool else ids
-        label, table = match_ids(ids, classes, Path(path).name)
-        if image.mode == "P":
-            rgb = np.asarray(image.convert("RGB"))
-            by_colour, unknown = match_colours(rgb, classes)
-            if not unknown.any() and (by_colour != IGNORE).any():
-                own = np.full(257, -1)                     # each class's colour; none for 255, nor for -1, the last
-                own[:len(classes.names)] = pack(classes.palette)
-                label = np.where(own[label] == pack(rgb), label, by_colour)
-        if (bad := (label < 0) & ~clear).any():
-            values, counts = np.unique(ids[bad], return_counts=True)
-            some = ", ".join(f"{v} ({n} pixels)" for v, n in zip(values[:4], counts)) + ", ..." * (len(values) > 4)
-            valid = np.flatnonzero(table >= 0)
-            runs = np.split(valid, np.flatnonzero(np.diff(valid) > 1) + 1)
-            spans = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
-            raise InputError(f"{path}: ids that {classes.key} does not have: {some}; valid are {spans}")
-    return torch.from_numpy(np.where(clear, IGNORE, label).astype(np.int64))
+def measure_distances(a, b):
+    """Colours [n,3] and [m,3] -> [n,m]: by how much the channel differs that differs most."""
+    return np.abs(a[:, None].astype(int) - b.astype(int)).max(-1)
 
 
-def colour_trouble(rgb, unknown, classes, jpeg):
-    """Says what is wrong with a picture whose colours are not all the dataset's, and the likeliest cause."""
+def explain_ids(ids, table, classes):
+    """Unknown ids [n] -> a line that says which they are, and which are valid."""
+    values, counts = np.unique(ids, return_counts=True)
+    some = ", ".join(f"{v} ({n} pixels)" for v, n in zip(values[:4], counts))
+    valid = np.flatnonzero(table >= 0)
+    runs = np.split(valid, np.flatnonzero(np.diff(valid) > 1) + 1)
+    spans = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    return f"ids that {classes.key} does not have: {some}; valid are {spans}"
+
+
+def explain_colours(rgb, unknown, classes, lossy):
+    """Says what is wrong with a picture whose colours are not all the dataset's, and why."""
     if not match_colours(rgb[..., ::-1], classes)[1].any():
-        return f"its colours are {classes.key}'s with red and blue swapped (BGR, as OpenCV has them): swap them back"
+        return f"its colours are {classes.key}'s with red and blue swapped (BGR, as of OpenCV)"
     codes, counts = np.unique(pack(rgb)[unknown], return_counts=True)
-    found, palette = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], 1), classes.palette.astype(int)
-    most = found[counts.argmax()]
-    nearest = [classes.names[i] for i in np.square(palette - most).sum(1).argsort(kind="stable")[:3]]
-    off = [np.abs(palette - c).max(1).min() for c in found[np.argsort(-counts)[:256]]]         # distance to the palette
-    if (jpeg or len(codes) > 2 * len(palette)) and np.median(off) < 32:
-        advice = "near the palette, not on it, as JPEG and smooth resizing leave them: save as PNG, resize by nearest"
-    elif np.ptp(found, axis=1).max() == 0:
-        advice = "all grey, so perhaps ids: save those in a single channel"
-    else:
-        advice = "use the dataset's own colours, or ids"
-    return (f"{unknown.sum()} pixels have colours that {classes.key} does not have, most often {tuple(most.tolist())} "
-            f"({counts.max()} pixels; nearest are {', '.join(nearest)}): {advice}")
+    code = int(codes[counts.argmax()])
+    most = code >> 16, code >> 8 & 255, code & 255
+    palette = classes.palette.astype(int)
+    nearest = np.square(palette - most).sum(1).argsort(kind="stable")[:3]
+    text = (f"{unknown.sum()} pixels have colours that {classes.key} does not have, most often "
+            f"{most} ({counts.max()} pixels; nearest are "
+            f"{', '.join(classes.names[c] for c in nearest)}): ")
+    if lossy or len(codes) > 2 * len(palette):
+        return text + "JPEG and smooth resizing make such: save as PNG, resize by nearest"
+    return text + "use the dataset's own colours, or ids in a single channel"
 
 
 def colorize(label, dataset):
-    """label [H,W] -> PIL.Image RGB in the dataset's palette, void in black; `read_layout` reads it back."""
+    """label [H,W] -> PIL.Image RGB in the dataset's palette, void in black."""
     classes = dataset if isinstance(dataset, Classes) else class_table(dataset)
     palette = np.zeros((256, 3), np.uint8)
     palette[:len(classes.names)] = classes.palette
     return Image.fromarray(palette[np.asarray(label)])
 
 
-def listing(parts):
+# -- captions
+
+def join_words(words):
     """["a", "b", "c"] -> "a, b and c"."""
-    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+    if len(words) < 2:
+        return "".join(words)
+    return ", ".join(words[:-1]) + " and " + words[-1]
 
 
 def compose_caption(label, names):
-    """A caption where there is none: "a photo of " the classes in label [H,W], largest first, six at most."""
+    """A caption where there is none: "a photo of " the classes in label [H,W], six at most."""
     count = np.bincount(np.asarray(label).ravel(), minlength=256)[:len(names)]
-    seen = dict.fromkeys(names[c] for c in np.argsort(-count, kind="stable") if count[c])
-    return f"a photo of {listing(list(seen)[:6])}" if seen else "a photo"
+    largest_first = np.argsort(-count, kind="stable")
+    seen = dict.fromkeys(names[c] for c in largest_first if count[c])
+    if not seen:
+        return "a photo"
+    return f"a photo of {join_words(list(seen)[:6])}"
 
 
-# ---- The toy world: streets in five kinds of weather, for training in minutes and for the tests.
+def read_captions(root, split, path=None):
+    """-> {name of the image: caption, or a list of captions}; {} where there is no file.
 
-S = 64                                                     # the toy world is 64 x 64 pixels
+    Read is `path`, else what is in root: captions_{split}.json, captions.json, or COCO's own
+    annotations/captions_{split}2017.json. Names may carry the image's suffix. Raises InputError.
+    """
+    places = (f"captions_{split}.json", "captions.json", f"annotations/captions_{split}2017.json")
+    files = [Path(root) / place for place in places if (Path(root) / place).is_file()]
+    if path:
+        files = [Path(path)]
+    if not files:
+        return {}
+    try:
+        captions = json.loads(files[0].read_text("utf-8-sig"))
+        if isinstance(captions, dict) and {"images", "annotations"} <= captions.keys():
+            captions = group_coco_captions(captions)
+        json.dumps(captions, ensure_ascii=False).encode()            # (half a surrogate pair fails)
+        if not isinstance(captions, dict) or not all(map(is_caption, captions.values())):
+            raise ValueError("not an object of strings, or lists of strings")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise InputError(f"{files[0]}: captions cannot be read ({error}): wanted is UTF-8 JSON, "
+                         "{name: caption}") from None
+    return {strip_suffix(name): caption for name, caption in captions.items()}
+
+
+def is_caption(value):
+    texts = value if isinstance(value, list) and value else [value]
+    return all(isinstance(text, str) for text in texts)
+
+
+def strip_suffix(name):
+    """"val/p0.png" -> "p0"; a name without an image's suffix stays as it is."""
+    return Path(name).stem if Path(name).suffix.lower() in PICTURES else name
+
+
+def group_coco_captions(content):
+    """COCO's captions_*.json -> {file name: list of captions}."""
+    names = {image["id"]: image["file_name"] for image in content["images"]}
+    captions = {}
+    for annotation in content["annotations"]:
+        name = names[annotation["image_id"]]
+        captions.setdefault(name, []).append(annotation["caption"])
+    return captions
+
+
+# -- the toy world: streets in five kinds of weather, for training in minutes and for the tests
+
+SIDE = 64                                        # its pictures are 64 x 64 pixels
 DOMAINS = "day", "night", "fog", "snow", "rain"
-PHRASES = {"day": ("on a clear day", "in daylight", "on a sunny day"), "night": ("at night", "in the dark"),
-           "fog": ("in fog", "on a foggy day"), "snow": ("in snow", "on a snowy day"),
+PHRASES = {"day": ("on a clear day", "in daylight", "on a sunny day"),
+           "night": ("at night", "in the dark"),
+           "fog": ("in fog", "on a foggy day"),
+           "snow": ("in snow", "on a snowy day"),
            "rain": ("in rain", "on a rainy day")}
-PAINTS = {"red": (205, 35, 35), "blue": (40, 80, 215), "white": (236, 236, 236), "black": (34, 34, 40),
-          "yellow": (232, 200, 40), "green": (30, 140, 70)}
-COATS = *(c for name, c in PAINTS.items() if name != "white"), (150, 70, 170)        # white would be lost in the snow
-WALLS = {"brick": (158, 84, 62), "grey": (138, 138, 144), "beige": (206, 186, 150), "pink": (212, 146, 156)}
-SKIES = {"day": ((70, 132, 222), (198, 220, 242)), "night": ((8, 10, 28), (34, 36, 66)),       # zenith, horizon
-         "fog": ((176, 181, 188), (190, 194, 198)), "snow": ((176, 184, 200), (212, 216, 224)),
+PAINTS = {"red": (205, 35, 35), "blue": (40, 80, 215), "white": (236, 236, 236),
+          "black": (34, 34, 40), "yellow": (232, 200, 40), "green": (30, 140, 70)}
+COATS = [rgb for name, rgb in PAINTS.items() if name != "white"]     # white is lost in the snow
+COATS.append((150, 70, 170))
+WALLS = {"brick": (158, 84, 62), "grey": (138, 138, 144), "beige": (206, 186, 150),
+         "pink": (212, 146, 156)}
+SKIES = {"day": ((70, 132, 222), (198, 220, 242)),                   # zenith, horizon
+         "night": ((8, 10, 28), (34, 36, 66)),
+         "fog": ((176, 181, 188), (190, 194, 198)),
+         "snow": ((176, 184, 200), (212, 216, 224)),
          "rain": ((84, 92, 108), (140, 146, 156))}
-ROAD, SIDEWALK, BUILDING, POLE, SIGN, VEGETATION, TERRAIN, SKY, PERSON, CAR = 0, 1, 2, 5, 7, 8, 9, 10, 11, 13
-NIGHT = np.ones(256, np.float32)                           # how much of its daylight a class keeps at night
-NIGHT[[ROAD, SIDEWALK, TERRAIN, BUILDING, VEGETATION]] = 0.38, 0.42, 0.36, 0.40, 0.40
-NIGHT[[PERSON, CAR, POLE, SIGN]] = 0.72, 0.66, 0.62, 0.80  # small things are to stay in sight
-YY, XX = np.mgrid[0:S, 0:S].astype(np.float32)
+ROAD, SIDEWALK, BUILDING, POLE, SIGN = 0, 1, 2, 5, 7                 # Cityscapes' train ids
+VEGETATION, TERRAIN, SKY, PERSON, CAR = 8, 9, 10, 11, 13
+IS_GROUND = np.isin(np.arange(256), (ROAD, SIDEWALK, TERRAIN))
+IS_SMALL = np.isin(np.arange(256), (PERSON, CAR, POLE, SIGN))
+AT_NIGHT = np.ones(256, np.float32)              # how much of its daylight a class keeps
+AT_NIGHT[[ROAD, SIDEWALK, TERRAIN, BUILDING, VEGETATION]] = 0.38, 0.42, 0.36, 0.40, 0.40
+AT_NIGHT[[PERSON, CAR, POLE, SIGN]] = 0.72, 0.66, 0.62, 0.80         # small things stay in sight
+YY, XX = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)
+
+
+def toy_scene(seed, domain="day"):
+    """A street in perspective -> image uint8 [64,64,3], label uint8 [64,64], caption.
+
+    Labels are Cityscapes' train ids, and 255 for void. A pure function of its arguments: layout and
+    colours come from the seed alone, the domains show the same street.
+    """
+    street = Street(seed, domain)
+    paint_sky(street)
+    walls = paint_buildings(street)
+    paint_ground(street)
+    car = paint_things(street)
+    image = WEATHER[domain](street, street.shade_ground())
+    label = street.label.copy()
+    cover_with_void(street, label)
+    caption = describe(street, label, walls, car)
+    return image.clip(0, 255).astype(np.uint8), label, caption
+
+
+class Street:
+    """What the parts of a toy scene share: its chances, its perspective and its four canvases.
+
+    All stands on a ground plane with its vanishing point at (vanish, horizon): the point X to the
+    right and at closeness d (0 at the horizon, 1 at the lower edge) is drawn at
+    (vanish + X d, horizon + depth d), and sizes grow with d.
+    """
+
+    def __init__(self, seed, domain):
+        self.domain = domain
+        self.rng = np.random.default_rng(seed)                       # layout and colours
+        self.look = np.random.default_rng((seed, DOMAINS.index(domain)))         # weather
+        self.chance = self.rng.random                                # uniform in [0,1)
+        self.horizon = int(self.rng.integers(25, 35))
+        self.vanish = int(self.rng.integers(20, 45))
+        self.depth = SIDE - self.horizon
+        zenith, low = (np.array(colour, np.float32) for colour in SKIES[domain])
+        k = (YY / self.horizon).clip(0, 1)[..., None]
+        sky = zenith * (0.9 + 0.2 * self.chance()) * (1 - k) + low * k
+        self.canvases = [
+            Image.fromarray(sky.astype(np.uint8)),                   # colour
+            Image.new("RGB", (SIDE, SIDE)),                          # light that shines by itself
+            Image.new("L", (SIDE, SIDE), SKY),                       # class
+            Image.new("L", (SIDE, SIDE), 255)]                       # distance, for the fog
+        self.pens = [ImageDraw.Draw(canvas) for canvas in self.canvases]
+
+    def paint(self, shape, xy, colour, what=(), glow=(0, 0, 0)):
+        """what: (class, distance); () leaves the class beneath as it is (shadows, windows)."""
+        for pen, fill in zip(self.pens, (colour, glow, *what)):
+            getattr(pen, shape)(xy, fill=fill)
+
+    def box(self, x0, y0, x1, y1, *how, **glow):
+        self.paint("rectangle", [x0, y0, x1, y1], *how, **glow)
+
+    def oval(self, x, y, r, edges, *how):
+        """edges: left, top, right and lower end, in radii r from (x, y)."""
+        left, top, right, low = (r * edge for edge in edges)
+        self.paint("ellipse", [x + left, y + top, x + right, y + low], *how)
+
+    def strip(self, x0, x1, d0, d1, *how):
+        """A strip of the ground plane from X = x0 to x1 and from closeness d0 to d1."""
+        corners = (x0, d0), (x1, d0), (x1, d1), (x0, d1)
+        xy = [(self.vanish + x * d, self.horizon + self.depth * d) for x, d in corners]
+        self.paint("polygon", xy, *how)
+
+    def beside(self, d, spread):
+        """x of a place within `spread` pixels (at d = 1) of a kerb, in the frame if it can be."""
+        if self.chance() < 0.5:
+            edge, side = self.vanish - self.left * d, -1
+        else:
+            edge, side = self.vanish + self.right * d, 1
+        room = (edge if side < 0 else SIDE - edge) - 4
+        return int(edge + side * (2 + self.chance() * min(spread * d, max(3, room))))
+
+    def shade_ground(self):
+        """Ends the painting: sets .label, .ground and .small (bool), .far -> image float32."""
+        image, self.light, self.label, far = (np.asarray(canvas) for canvas in self.canvases)
+        self.ground = IS_GROUND[self.label]
+        self.small = IS_SMALL[self.label]
+        d = ((YY - self.horizon) / self.depth).clip(0, 1)[..., None]
+        ground = self.ground[..., None]
+        self.far = np.where(ground, 0.9 * (1 - d) ** 1.5, far.astype(np.float32)[..., None] / 255)
+        image = image.astype(np.float32)
+        image *= np.where(ground, 1.1 - 0.2 * d, 1)
+        return image
 
 
 def tone(colour, k):
@@ -346,368 +620,510 @@ def tone(colour, k):
     return tuple(min(255, int(c * k)) for c in colour)
 
 
-def toy_scene(seed, domain="day"):
-    """A street in perspective -> image uint8 [64,64,3], label uint8 [64,64] (Cityscapes' train ids, 255 void), caption.
+def paint_sky(street):
+    """Clouds by day, a moon by night."""
+    chance = street.chance
+    for _ in range(street.rng.integers(0, 4)):
+        x = chance() * SIDE
+        y = chance() * street.horizon * 0.6
+        r = 4 + chance() * 5
+        if street.domain == "day":
+            street.oval(x, y, r, (-2, -1 / 2, 2, 1 / 2), (226, 236, 248))
+            street.oval(x, y, r, (-1, -1, 1, 1 / 3), (240, 245, 252))
+    if street.domain == "night" and street.look.random() < 0.4:
+        x = int(street.look.integers(4, SIDE - 8))
+        street.paint("ellipse", [x, 3, x + 5, 8], (238, 236, 210), glow=(120, 118, 100))
 
-    A pure function of its arguments. Layout and colours come from the seed alone: the domains show the same street. All
-    stands on a ground plane with its vanishing point at (vx, h): the point X to the right and at closeness d (0 at the
-    horizon, 1 at the lower edge) is drawn at (vx + X d, h + G d), and sizes grow with d.
-    """
-    rng, look = np.random.default_rng(seed), np.random.default_rng((seed, DOMAINS.index(domain)))
-    snow, u = domain == "snow", rng.random                 # u() is uniform in [0,1)
-    h, vx = int(rng.integers(25, 35)), int(rng.integers(20, 45))
-    G = S - h
 
-    # Four canvases: colour, light that shines by itself (for the night), class, and depth (for the fog; 255 is far).
-    top, low = (np.array(c, np.float32) for c in SKIES[domain])
-    k = (YY / h).clip(0, 1)[..., None]
-    canvases = [Image.fromarray((top * (0.9 + 0.2 * u()) * (1 - k) + low * k).astype(np.uint8)),
-                Image.new("RGB", (S, S)), Image.new("L", (S, S), SKY), Image.new("L", (S, S), 255)]
-    pens = [ImageDraw.Draw(c) for c in canvases]
-
-    def paint(shape, xy, colour, what=None, glow=(0, 0, 0)):
-        """what: (class, depth), or None for what leaves the class beneath as it is: shadows, markings, windows."""
-        for pen, fill in zip(pens, (colour, glow) + (what or ())):
-            getattr(pen, shape)(xy, fill=fill)
-
-    def box(x0, y0, x1, y1, *how):
-        paint("rectangle", [x0, y0, x1, y1], *how)
-
-    def ground(x0, x1, d0, d1, *how):
-        """A strip of the ground plane from X = x0 to x1 and from closeness d0 to d1."""
-        corners = (x0, d0), (x1, d0), (x1, d1), (x0, d1)
-        paint("polygon", [(vx + x * d, h + G * d) for x, d in corners], *how)
-
-    # Sky: clouds by day, a moon by night.
-    for _ in range(rng.integers(0, 4)):
-        x, y, r = u() * S, u() * h * 0.6, 4 + u() * 5
-        if domain == "day":
-            paint("ellipse", [x - 2 * r, y - r / 2, x + 2 * r, y + r / 2], (226, 236, 248))
-            paint("ellipse", [x - r, y - r, x + r, y + r / 3], (240, 245, 252))
-    if domain == "night" and look.random() < 0.4:
-        x = int(look.integers(4, S - 8))
-        paint("ellipse", [x, 3, x + 5, 8], (238, 236, 210), None, (120, 118, 100))
-
-    # Buildings along the horizon, taller towards the edges of the frame; some windows are lit at night.
-    wall, walls, x = list(WALLS)[rng.integers(4)], list(WALLS), -int(rng.integers(0, 6))
-    while x < S:
+def paint_buildings(street):
+    """Buildings along the horizon, taller towards the frame's edges -> the walls' name."""
+    rng, chance = street.rng, street.chance
+    h = street.horizon
+    kinds = list(WALLS)
+    usual = kinds[rng.integers(4)]
+    x = -int(rng.integers(0, 6))
+    while x < SIDE:
         w = int(rng.integers(9, 20))
-        side = abs(x + w / 2 - vx) / 32
-        y = int(h - 8 - rng.integers(0, 9) - side * 14 * u())
-        colour = tone(WALLS[wall if u() < 0.75 else walls[rng.integers(4)]], 0.8 + 0.35 * u())
-        step, pane = int(rng.integers(4, 6)), tone((52, 66, 92), 0.7 + 0.7 * u())
-        if u() < 0.8:
-            box(x, y, x + w - 1, h + 2, colour, (BUILDING, int(205 - 50 * side)))
-            box(x + w - 2, y, x + w - 1, h + 2, tone(colour, 0.8))
-            box(x, y, x + w - 1, y + 1, (236, 240, 246) if snow else tone(colour, 0.72))
-            for wy, wx in itertools.product(range(y + 4, h - 2, step), range(x + 2, x + w - 3, step)):
-                lit = domain == "night" and look.random() < 0.45
-                box(wx, wy, wx + 1, wy + 1, pane, None, (240, 200, 105) if lit else (0, 0, 0))
+        side = abs(x + w / 2 - street.vanish) / 32
+        top = int(h - 8 - rng.integers(0, 9) - side * 14 * chance())
+        kind = usual if chance() < 0.75 else kinds[rng.integers(4)]
+        colour = tone(WALLS[kind], 0.8 + 0.35 * chance())
+        step = int(rng.integers(4, 6))
+        pane = tone((52, 66, 92), 0.7 + 0.7 * chance())
+        if chance() < 0.8:                       # else a gap
+            roof = (236, 240, 246) if street.domain == "snow" else tone(colour, 0.72)
+            street.box(x, top, x + w - 1, h + 2, colour, (BUILDING, int(205 - 50 * side)))
+            street.box(x + w - 2, top, x + w - 1, h + 2, tone(colour, 0.8))
+            street.box(x, top, x + w - 1, top + 1, roof)
+            rows = range(top + 4, h - 2, step)
+            columns = range(x + 2, x + w - 3, step)
+            for wy, wx in itertools.product(rows, columns):
+                lit = street.domain == "night" and street.look.random() < 0.45
+                glow = (240, 200, 105) if lit else (0, 0, 0)
+                street.box(wx, wy, wx + 1, wy + 1, pane, glow=glow)
         x += w
+    return usual
 
-    # Ground: grass or paving, sidewalks with kerbs, the road with its markings (in snow: with wheel tracks).
-    wl, wr, sw = (int(rng.integers(a, b)) for a, b in ((26, 54), (26, 54), (12, 30)))      # road to left, right; walk
-    paving, grass = tone((172, 160, 152), 0.9 + 0.2 * u()), tone((116, 148, 70), 0.85 + 0.3 * u())
-    asphalt, lane = tone((88, 88, 94), 0.85 + 0.3 * u()), (wr - wl) / 2
-    green, walk, marked, zebra = u() < 0.5, u() < 0.85, u() < 0.8, u() < 0.25
-    box(0, h, S, S, grass if green else paving, (TERRAIN if green else SIDEWALK, 0))
-    if walk:
-        ground(-wl - sw, wr + sw, 0.02, 1.2, paving, (SIDEWALK, 0))
-    for d in (0.16, 0.34, 0.6, 0.88) if walk or not green else ():
-        ground(-wl - sw, wr + sw, d, d * 1.07, tone(paving, 0.86))
-    ground(-wl - 3, wr + 3, 0.02, 1.2, tone(paving, 1.2))
-    ground(-wl, wr, 0.03, 1.2, asphalt, (ROAD, 0))
-    for X in (-wl / 2 - 8, -wl / 2 + 4, wr / 2 - 6, wr / 2 + 6) if snow else ():
-        ground(X - 2, X + 3, 0.04, 1.2, tone(asphalt, 0.35))
-    for d0, d1 in ((0.1, 0.17), (0.24, 0.36), (0.47, 0.66), (0.85, 1.1)) if marked else ():
-        ground(lane - 1.4, lane + 1.4, d0, d1, (222, 222, 218))
-    for X in np.arange(-wl + 3, wr - 4, 11) if zebra else ():
-        ground(X, X + 6, 0.5, 0.72, (226, 226, 222))
 
-    # Objects, sized in pixels at d = 1: a car has 0.36 of the road's width, a person nearly as much height.
-    def beside(d, spread):
-        """x of a place beside the road: within `spread` pixels (at d = 1) of a kerb, inside the frame if it can be."""
-        s = -1 if u() < 0.5 else 1
-        edge = vx + (-wl if s < 0 else wr) * d
-        return int(edge + s * (2 + u() * min(spread * d, max(3, (edge if s < 0 else S - edge) - 4))))
+def paint_ground(street):
+    """Grass or paving, sidewalks with kerbs, the road with its markings or its tracks in the snow.
 
-    def tree(x, y, d, what):
-        r, leaf = 3 + 12 * d + 3 * u(), tone((58, 120, 46), 0.75 + 0.5 * u())
-        cy = y - 1.9 * r
-        box(x - max(0, r / 9), y - r, x + max(1, r / 9), y, (84, 62, 46), what)
-        paint("ellipse", [x - r, cy - r, x + r, cy + r * 1.1], tone(leaf, 0.78), what)
-        paint("ellipse", [x - r * 0.9, cy - r, x + r * 0.6, cy + r * 0.5], leaf)
-        paint("ellipse", [x - r * 0.75, cy - r * 0.9, x + r * (0.7 if snow else 0.1), cy - r * 0.1],
-              (232, 236, 242) if snow else tone(leaf, 1.25))
+    Sets .left and .right: how far the road reaches from the vanishing point, in pixels at d = 1.
+    """
+    rng, chance = street.rng, street.chance
+    left, right, walk = (int(rng.integers(*span)) for span in ((26, 54), (26, 54), (12, 30)))
+    street.left, street.right = left, right
+    lane = (right - left) / 2
+    paving = tone((172, 160, 152), 0.9 + 0.2 * chance())
+    grass = tone((116, 148, 70), 0.85 + 0.3 * chance())
+    asphalt = tone((88, 88, 94), 0.85 + 0.3 * chance())
+    has_grass = chance() < 0.5
+    has_walk = chance() < 0.85
+    has_line = chance() < 0.8
+    has_zebra = chance() < 0.25
 
-    def car(x, y, d, what):
-        W = max(8, int(0.36 * (wl + wr) * d))
-        H, w, q, name = int(0.74 * W), W // 2, max(2, W // 6), list(PAINTS)[rng.integers(6)]
-        body, away = tone(PAINTS[name], 0.9 + 0.15 * u()), x > vx + lane * d         # right lane: seen from behind
-        low, lamp = y - max(1, H // 7), (255, 40, 30) if away else (255, 246, 200)
-        box(x - w - 1, y - 1, x + w + 1, y, (24, 24, 28))                            # its shadow
-        for side in (x - w, x + w - q):
-            box(side, y - H // 4, side + q, y, (16, 16, 18), what)                   # wheels
-        paint("polygon", [(x - w + w // 5, y - H // 2), (x - w * 0.6, y - H), (x + w * 0.6, y - H),
-                          (x + w - w // 5, y - H // 2)], body, what)
-        paint("polygon", [(x - w * 0.66, y - H * 0.56), (x - w * 0.48, y - H * 0.9), (x + w * 0.48, y - H * 0.9),
-                          (x + w * 0.66, y - H * 0.56)], (74, 92, 112))
-        box(x - w, y - int(H * 0.56), x + w, low, body, what)
-        box(x - w, y - max(2, int(H * 0.26)), x + w, low, tone(body, 0.66))
-        if snow:
-            box(x - int(w * 0.55), y - H, x + int(w * 0.55), y - H + H // 9, (244, 246, 250))
-        for side in (x - w, x + w - q + 1):
-            box(side, y - int(H * 0.5), side + q - 1, y - int(H * 0.36), lamp, None, lamp)
-        return name, (slice(max(0, y - H), y), slice(max(0, x - w), x + w + 1))
+    if has_grass:
+        street.box(0, street.horizon, SIDE, SIDE, grass, (TERRAIN, 0))
+    else:
+        street.box(0, street.horizon, SIDE, SIDE, paving, (SIDEWALK, 0))
+    if has_walk:
+        street.strip(-left - walk, right + walk, 0.02, 1.2, paving, (SIDEWALK, 0))
+    if has_walk or not has_grass:
+        for d in (0.16, 0.34, 0.6, 0.88):        # joints between the slabs
+            street.strip(-left - walk, right + walk, d, d * 1.07, tone(paving, 0.86))
+    street.strip(-left - 3, right + 3, 0.02, 1.2, tone(paving, 1.2))
+    street.strip(-left, right, 0.03, 1.2, asphalt, (ROAD, 0))
+    if street.domain == "snow":
+        for X in (-left / 2 - 8, -left / 2 + 4, right / 2 - 6, right / 2 + 6):
+            street.strip(X - 2, X + 3, 0.04, 1.2, tone(asphalt, 0.35))
+    if has_line:
+        for d0, d1 in ((0.1, 0.17), (0.24, 0.36), (0.47, 0.66), (0.85, 1.1)):
+            street.strip(lane - 1.4, lane + 1.4, d0, d1, (222, 222, 218))
+    if has_zebra:
+        for X in np.arange(-left + 3, right - 4, 11):
+            street.strip(X, X + 6, 0.5, 0.72, (226, 226, 222))
 
-    def person(x, y, d, what):
-        s = max(8, int(0.34 * (wl + wr) * d))
-        w, head = max(2, round(s * 0.28)), max(2, round(s * 0.2))
-        skin, coat = tone((216, 170, 140), 0.55 + 0.5 * u()), COATS[rng.integers(6)]
-        legs, neck, hip, x = tone((70, 76, 110), 0.5 + 0.9 * u()), y - s + head, y - int(s * 0.4), x - w // 2
-        foot = w // 2 - 1 if w > 3 else w - 1              # two legs where there is room for a gap between them
-        for side in {x, x + w - 1 - foot}:
-            box(side, hip, side + foot, y, legs, what)
-        box(x, neck, x + w - 1, hip, coat, what)
-        x += (w - head) // 2
-        paint("ellipse" if head > 3 else "rectangle", [x, y - s, x + head - 1, neck - 1], skin, what)
 
-    def pole(x, y, d, what, kind):
-        y0, w = max(1, int(y - 14 - 38 * d - 4 * u())), int(d > 0.2)
-        grey, s, r = 0.8 + 0.3 * u(), -1 if u() < 0.5 else 1, int(2 + 3 * d + 1.4 * u())
-        colour, disc = PAINTS[("red", "blue", "yellow", "green")[rng.integers(4)]], u() < 0.5 and r > 2
-        box(x, y0, x + w, y, tone((84, 84, 88), grey), what)
-        if w:                                              # a light and a dark side: seen before any background
-            box(x, y0, x, y, tone((184, 184, 186), grey), what)
-        if kind == "lamp":
-            a, b = sorted((x + s, x + s * 5))
-            box(a, y0, b, y0 + 1, tone((84, 84, 88), grey), what)
-            box(a, y0 + 1, b, y0 + 1, (226, 222, 200), None, (255, 236, 180))
-        if kind == "sign":
-            a, b, shape = x - r, x + r + w - (not w), "ellipse" if disc else "rectangle"
-            paint(shape, [a, y0, b, y0 + 2 * r], (242, 242, 242), (SIGN, what[1]))
-            paint(shape, [a + 1, y0 + 1, b - 1, y0 + 2 * r - 1], colour)
-            if r > 3:
-                box(a + 2, y0 + r - 1, b - 2, y0 + r, (242, 242, 242))
-
-    things = [(0.14 + 0.7 * u() ** 1.4, "car") for _ in range(rng.integers(0, 5))]
-    things += [(0.14 + 0.7 * u() ** 1.5, "person") for _ in range(rng.integers(0, 6))]
-    things += [(0.12 + 0.6 * u() ** 1.3, ("lamp", "sign", "sign", "bare")[rng.integers(4)])
-               for _ in range(rng.integers(0, 5))]
-    things += [(0.06 + 0.4 * u() ** 1.3, "tree") for _ in range(rng.integers(0, 5))]
+def paint_things(street):
+    """Cars, people, poles and trees, from far to near -> (colour, window) of the nearest car."""
+    rng, chance = street.rng, street.chance
+    things = []
+    for _ in range(rng.integers(0, 5)):
+        things.append((0.14 + 0.7 * chance() ** 1.4, "car"))
+    for _ in range(rng.integers(0, 6)):
+        things.append((0.14 + 0.7 * chance() ** 1.5, "person"))
+    for _ in range(rng.integers(0, 5)):
+        d = 0.12 + 0.6 * chance() ** 1.3
+        things.append((d, ("lamp", "sign", "sign", "bare")[rng.integers(4)]))
+    for _ in range(rng.integers(0, 5)):
+        things.append((0.06 + 0.4 * chance() ** 1.3, "tree"))
     nearest_car = None
-    for d, kind in sorted(things):                         # from far to near
-        y, z = int(h + G * d), int(225 * (1 - d))
+    for d, kind in sorted(things):
+        y = int(street.horizon + street.depth * d)
+        distance = int(225 * (1 - d))
         if kind == "car":
-            lane_x = wr * 0.5 if u() < 0.5 else -wl * 0.5
-            nearest_car = car(int(vx + lane_x * d + (u() - 0.5) * 16 * d), y, d, (CAR, z))
-        elif kind == "person":                             # one in four is on the road
-            person(int(vx + (u() * (wl + wr) - wl) * d) if u() < 0.25 else beside(d, 30), y, d, (PERSON, z))
+            middle = street.right * 0.5 if chance() < 0.5 else -street.left * 0.5
+            x = int(street.vanish + middle * d + (chance() - 0.5) * 16 * d)
+            nearest_car = paint_car(street, x, y, d, (CAR, distance))
+        elif kind == "person":
+            if chance() < 0.25:                  # on the road
+                X = chance() * (street.left + street.right) - street.left
+                x = int(street.vanish + X * d)
+            else:
+                x = street.beside(d, 30)
+            paint_person(street, x, y, d, (PERSON, distance))
         elif kind == "tree":
-            tree(beside(d, 150), y, d, (VEGETATION, z))
+            paint_tree(street, street.beside(d, 150), y, d, (VEGETATION, distance))
         else:
-            pole(beside(d, 14), y, d, (POLE, z), kind)
-    image, light, label, z = (np.asarray(c) for c in canvases)
-    image, z, label = image.astype(np.float32), z.astype(np.float32)[..., None] / 255, label.copy()
+            paint_pole(street, street.beside(d, 14), y, d, (POLE, distance), kind)
+    return nearest_car
 
-    # Light and weather, by class and by depth.
-    on_ground, small = np.isin(label, (ROAD, SIDEWALK, TERRAIN)), np.isin(label, (PERSON, CAR, POLE, SIGN))[..., None]
-    d = ((YY - h) / G).clip(0, 1)[..., None]
-    z = np.where(on_ground[..., None], 0.9 * (1 - d) ** 1.5, z)
-    image *= np.where(on_ground[..., None], 1.1 - 0.2 * d, 1)
-    if domain == "day":
-        image *= 1.04
-    elif domain == "night":                                # our own headlights, and a halo around every light
-        pool = np.exp(-((YY - S) ** 2 + (XX - S / 2) ** 2) / 700)[..., None] * on_ground[..., None]
-        image *= (NIGHT[label][..., None] + 0.4 * pool) * np.array((0.86, 0.9, 1.12), np.float32)
-        halo = np.asarray(canvases[1].filter(ImageFilter.GaussianBlur(1.6)), np.float32)
-        image = np.maximum(image, light) + 0.8 * halo
-    elif domain == "fog":
-        a = (0.3 + 0.55 * z) * (0.92 + 0.14 * look.random()) * np.where(small, 0.85, 1)
-        image += (np.array((188, 192, 197), np.float32) - image) * np.where(label[..., None] == SKY, 0, a)
-    elif domain == "snow":
-        a = np.select([label == ROAD, label == TERRAIN, on_ground], [0.5, 0.72, 0.86], 0.06)[..., None]
-        image += (np.array((208, 216, 232), np.float32) - image) * a
-        for x, y in look.integers(0, S - 2, (12, 2)):
-            if not small[y, x]:
-                image[y:y + 2, x:x + 2] += (255 - image[y:y + 2, x:x + 2]) * 0.8
-    else:                                                  # rain: the ground is a mirror, and a few streaks fall
-        mirror = image[np.abs(2 * h - YY.astype(int)).clip(0, S - 1), XX.astype(int)]
-        image += (mirror - image) * np.select([label == ROAD, label == SIDEWALK], [0.5, 0.3], 0)[..., None]
-        image = image * 0.7 + np.array((4, 8, 16), np.float32)
-        for x, y in look.integers(0, S - 6, (9, 2)):
-            at = np.arange(y, y + 6), x - np.arange(6) // 3
-            image[at] += (200 - image[at]) * 0.3 * ~small[at]
 
-    # Void, as at the borders of real labels: a strip at the lower edge, a patch anywhere.
-    if u() < 0.2:
-        label[S - int(rng.integers(2, 5)):] = IGNORE
-    if u() < 0.2:
-        y, x, a, b = (int(v) for v in rng.integers((0, 0, 3, 3), (S - 8, S - 8, 8, 8)))
+def paint_tree(street, x, y, d, what):
+    r = 3 + 12 * d + 3 * street.chance()
+    leaf = tone((58, 120, 46), 0.75 + 0.5 * street.chance())
+    cy = y - 1.9 * r
+    street.box(x - max(0, r / 9), y - r, x + max(1, r / 9), y, (84, 62, 46), what)       # trunk
+    street.oval(x, cy, r, (-1, -1, 1, 1.1), tone(leaf, 0.78), what)
+    street.oval(x, cy, r, (-0.9, -1, 0.6, 0.5), leaf)
+    if street.domain == "snow":
+        street.oval(x, cy, r, (-0.75, -0.9, 0.7, -0.1), (232, 236, 242))
+    else:
+        street.oval(x, cy, r, (-0.75, -0.9, 0.1, -0.1), tone(leaf, 1.25))
+
+
+def paint_car(street, x, y, d, what):
+    """A car as wide as 0.36 of the road, seen from behind in the right lane -> colour, window."""
+    W = max(8, int(0.36 * (street.left + street.right) * d))
+    H = int(0.74 * W)
+    w = W // 2
+    wheel = max(2, W // 6)
+    name = list(PAINTS)[street.rng.integers(6)]
+    body = tone(PAINTS[name], 0.9 + 0.15 * street.chance())
+    low = y - max(1, H // 7)
+    street.box(x - w - 1, y - 1, x + w + 1, y, (24, 24, 28))         # its shadow
+    for side in (x - w, x + w - wheel):
+        street.box(side, y - H // 4, side + wheel, y, (16, 16, 18), what)
+    cabin = [(x - w + w // 5, y - H // 2), (x - w * 0.6, y - H),
+             (x + w * 0.6, y - H), (x + w - w // 5, y - H // 2)]
+    glass = [(x - w * 0.66, y - H * 0.56), (x - w * 0.48, y - H * 0.9),
+             (x + w * 0.48, y - H * 0.9), (x + w * 0.66, y - H * 0.56)]
+    street.paint("polygon", cabin, body, what)
+    street.paint("polygon", glass, (74, 92, 112))
+    street.box(x - w, y - int(H * 0.56), x + w, low, body, what)
+    street.box(x - w, y - max(2, int(H * 0.26)), x + w, low, tone(body, 0.66))
+    if street.domain == "snow":                  # on its roof
+        reach = int(w * 0.55)
+        street.box(x - reach, y - H, x + reach, y - H + H // 9, (244, 246, 250))
+    away = x > street.vanish + (street.right - street.left) / 2 * d
+    lamp = (255, 40, 30) if away else (255, 246, 200)
+    for side in (x - w, x + w - wheel + 1):
+        street.box(side, y - int(H * 0.5), side + wheel - 1, y - int(H * 0.36), lamp, glow=lamp)
+    return name, (slice(max(0, y - H), y), slice(max(0, x - w), x + w + 1))
+
+
+def paint_person(street, x, y, d, what):
+    """A person nearly as tall as a car is wide."""
+    s = max(8, int(0.34 * (street.left + street.right) * d))
+    w = max(2, round(s * 0.28))
+    head = max(2, round(s * 0.2))
+    skin = tone((216, 170, 140), 0.55 + 0.5 * street.chance())
+    coat = COATS[street.rng.integers(6)]
+    trousers = tone((70, 76, 110), 0.5 + 0.9 * street.chance())
+    neck = y - s + head
+    hip = y - int(s * 0.4)
+    x -= w // 2
+    leg = w // 2 - 1 if w > 3 else w - 1         # two legs where a gap between them has room
+    for side in {x, x + w - 1 - leg}:
+        street.box(side, hip, side + leg, y, trousers, what)
+    street.box(x, neck, x + w - 1, hip, coat, what)
+    x += (w - head) // 2
+    shape = "ellipse" if head > 3 else "rectangle"
+    street.paint(shape, [x, y - s, x + head - 1, neck - 1], skin, what)
+
+
+def paint_pole(street, x, y, d, what, kind):
+    """kind: "lamp", "sign" or "bare"."""
+    chance = street.chance
+    top = max(1, int(y - 14 - 38 * d - 4 * chance()))
+    w = int(d > 0.2)
+    grey = 0.8 + 0.3 * chance()
+    iron = tone((84, 84, 88), grey)
+    white = (242, 242, 242)
+    arm = -1 if chance() < 0.5 else 1
+    r = int(2 + 3 * d + 1.4 * chance())
+    colour = PAINTS[("red", "blue", "yellow", "green")[street.rng.integers(4)]]
+    is_disc = chance() < 0.5 and r > 2
+    street.box(x, top, x + w, y, iron, what)
+    if w:                                        # light and dark side: seen before any background
+        street.box(x, top, x, y, tone((184, 184, 186), grey), what)
+    if kind == "lamp":
+        a, b = sorted((x + arm, x + arm * 5))
+        street.box(a, top, b, top + 1, iron, what)
+        street.box(a, top + 1, b, top + 1, (226, 222, 200), glow=(255, 236, 180))
+    if kind == "sign":
+        shape = "ellipse" if is_disc else "rectangle"
+        a = x - r
+        b = x + r + w - (not w)
+        street.paint(shape, [a, top, b, top + 2 * r], white, (SIGN, what[1]))
+        street.paint(shape, [a + 1, top + 1, b - 1, top + 2 * r - 1], colour)
+        if r > 3:
+            street.box(a + 2, top + r - 1, b - 2, top + r, white)
+
+
+# Light and weather, by class and by distance: image float32 [64,64,3] -> the same, in 0..255 or so.
+
+def add_day(street, image):
+    return image * 1.04
+
+
+def add_night(street, image):
+    """Our own headlights, and a halo around every light."""
+    beam = np.exp(-((YY - SIDE) ** 2 + (XX - SIDE / 2) ** 2) / 700)[..., None]
+    beam = beam * street.ground[..., None]
+    dark = AT_NIGHT[street.label][..., None] + 0.4 * beam
+    image = image * (dark * np.array((0.86, 0.9, 1.12), np.float32))
+    halo = street.canvases[1].filter(ImageFilter.GaussianBlur(1.6))
+    return np.maximum(image, street.light) + 0.8 * np.asarray(halo, np.float32)
+
+
+def add_fog(street, image):
+    thickness = (0.3 + 0.55 * street.far) * (0.92 + 0.14 * street.look.random())
+    thickness = thickness * np.where(street.small, 0.85, 1)[..., None]
+    thickness = np.where(street.label[..., None] == SKY, 0, thickness)
+    image += (np.array((188, 192, 197), np.float32) - image) * thickness
+    return image
+
+
+def add_snow(street, image):
+    """Snow on the ground, and twelve flakes, none on a small thing."""
+    small = street.small
+    places = [street.label == ROAD, street.label == TERRAIN, street.ground]
+    cover = np.select(places, [0.5, 0.72, 0.86], 0.06)
+    image += (np.array((208, 216, 232), np.float32) - image) * cover[..., None]
+    for x, y in street.look.integers(0, SIDE - 2, (12, 2)):
+        if not small[y, x]:
+            image[y:y + 2, x:x + 2] += (255 - image[y:y + 2, x:x + 2]) * 0.8
+    return image
+
+
+def add_rain(street, image):
+    """The ground is a mirror, and nine streaks fall."""
+    above = np.abs(2 * street.horizon - YY.astype(int)).clip(0, SIDE - 1)
+    mirror = image[above, XX.astype(int)]
+    gloss = np.select([street.label == ROAD, street.label == SIDEWALK], [0.5, 0.3], 0)
+    image += (mirror - image) * gloss[..., None]
+    image = image * 0.7 + np.array((4, 8, 16), np.float32)
+    for x, y in street.look.integers(0, SIDE - 6, (9, 2)):
+        streak = np.arange(y, y + 6), x - np.arange(6) // 3
+        image[streak] += (200 - image[streak]) * 0.3 * ~street.small[streak][:, None]
+    return image
+
+
+WEATHER = {"day": add_day, "night": add_night, "fog": add_fog, "snow": add_snow, "rain": add_rain}
+
+
+def cover_with_void(street, label):
+    """Void as at the borders of real labels: a strip at the lower edge, a patch anywhere."""
+    if street.chance() < 0.2:
+        label[SIDE - int(street.rng.integers(2, 5)):] = IGNORE
+    if street.chance() < 0.2:
+        y, x, a, b = street.rng.integers((0, 0, 3, 3), (SIDE - 8, SIDE - 8, 8, 8))
         label[y:y + a, x:x + b] = IGNORE
 
-    # The caption names what is there to be seen; in a quarter of the scenes, the weather alone.
-    parts = [f"a {nearest_car[0]} car"] if nearest_car and (label[nearest_car[1]] == CAR).sum() >= 24 else []
-    for c, least, chance, words in ((PERSON, 24, 0.7, "people"), (VEGETATION, 60, 0.7, "trees"),
-                                    (BUILDING, 150, 0.7, f"{wall} buildings"), (SIGN, 16, 0.5, "signs"),
-                                    (POLE, 24, 0.5, "poles")):
-        if (label == c).sum() >= least and u() < chance:
+
+def describe(street, label, walls, car):
+    """The caption: what is there to be seen, or, in a quarter of the scenes, the weather alone."""
+    pixels = np.bincount(label.ravel(), minlength=256)
+    parts = []
+    if car and (label[car[1]] == CAR).sum() >= 24:
+        parts.append(f"a {car[0]} car")
+    for c, least_pixels, often, words in (
+            (PERSON, 24, 0.7, "people"),
+            (VEGETATION, 60, 0.7, "trees"),
+            (BUILDING, 150, 0.7, f"{walls} buildings"),
+            (SIGN, 16, 0.5, "signs"),
+            (POLE, 24, 0.5, "poles")):
+        if pixels[c] >= least_pixels and street.chance() < often:
             parts.append(words)
-    when = PHRASES[domain][look.integers(len(PHRASES[domain]))]
-    caption = f"a street {when}" if u() < 0.25 or not parts else f"a street with {listing(parts)}, {when}"
-    return image.clip(0, 255).astype(np.uint8), label, caption
+    phrases = PHRASES[street.domain]
+    when = phrases[street.look.integers(len(phrases))]
+    if street.chance() < 0.25 or not parts:
+        return f"a street {when}"
+    return f"a street with {join_words(parts)}, {when}"
 
 
-# ---- Datasets. Both kinds have .classes, .names, .size S, .grid, window(index, seed), full(index, flip), and `item`s.
+# -- datasets: .classes, .names, .captions, .size S, .grid, and for an index i: window(i, seed),
+#    full(i, flip), caption(i, label, seed), [i] or [i, seed]; and stamp()
 
 def draw_window(H, W, size, grid, seed):
     """-> (flip, top, left) of a size x size crop of an H x W picture, which is flipped first.
 
-    The offsets are multiples of `grid` pixels, so that a latent can be cropped in the picture's stead. seed None gives
-    the centre, not flipped.
+    The offsets are multiples of `grid` pixels, so that a latent can be cropped in the picture's
+    stead. seed None gives the centre, not flipped.
     """
     rows, cols = (H - size) // grid, (W - size) // grid
     if seed is None:
         return False, rows // 2 * grid, cols // 2 * grid
     rng = np.random.default_rng(seed)
-    return bool(rng.random() < 0.5), int(rng.integers(rows + 1)) * grid, int(rng.integers(cols + 1)) * grid
+    flip = bool(rng.random() < 0.5)
+    top = int(rng.integers(rows + 1)) * grid
+    left = int(rng.integers(cols + 1)) * grid
+    return flip, top, left
 
 
-def item(dataset, key):
-    """key: an index, or (index, seed of the crop and flip); a bare index gives the centre crop, not flipped.
+def read_item(dataset, key):
+    """key: (index, seed of crop, flip and caption), or an index alone: centre crop, not flipped.
 
-    -> dict(image float32 [3,S,S] in [-1,1], label int64 [S,S], caption str, name str, index int, flip bool, top int,
-    left int), the corner in pixels of the whole picture, flipped.
+    -> dict(image float32 [3,S,S] in [-1,1], label int64 [S,S], caption str, name str, index int,
+    flip bool, top int, left int), the corner in pixels of the whole picture, flipped.
     """
     index, seed = key if isinstance(key, tuple) else (key, None)
     flip, top, left = dataset.window(index, seed)
     image, label = dataset.full(index, flip)
-    name, S = dataset.names[index], dataset.size
-    return dict(image=image[:, top:top + S, left:left + S], label=label[top:top + S, left:left + S],
-                caption=dataset.captions[name] if name in dataset.captions else
-                compose_caption(label, dataset.classes.names), name=name, index=index, flip=flip, top=top, left=left)
+    rows, cols = slice(top, top + dataset.size), slice(left, left + dataset.size)
+    label = label[rows, cols]
+    return {"image": image[:, rows, cols], "label": label,
+            "caption": dataset.caption(index, label, seed), "name": dataset.names[index],
+            "index": index, "flip": flip, "top": top, "left": left}
 
 
-def tensors(image, label, flip):
-    """uint8 [H,W,3] and [H,W] -> image float32 [3,H,W] in [-1,1], label int64 [H,W], mirrored if flip."""
-    image, label = torch.tensor(image).permute(2, 0, 1).float() / 127.5 - 1, torch.tensor(label).long()
-    return (image.flip(-1), label.flip(-1)) if flip else (image, label)
+def make_tensors(image, label, flip):
+    """uint8 [H,W,3] and [H,W] -> image float32 [3,H,W] in [-1,1], label int64 [H,W]."""
+    image = torch.tensor(image).permute(2, 0, 1).float() / 127.5 - 1
+    label = torch.tensor(label).long()
+    if flip:
+        return image.flip(-1), label.flip(-1)
+    return image, label
 
 
 class Toy(torch.utils.data.Dataset):
-    """The toy world, rendered once. Item i is scene (first seed + i) in domain domains[i % len(domains)]."""
-    size, grid = S, 4
+    """The toy world. Item i is scene (first seed + i) in domain domains[i % len(domains)].
+
+    A scene is rendered when it is first asked for, and kept; .images, .labels and .captions render
+    all of them.
+    """
+    size, grid = SIDE, 4
 
     def __init__(self, split="train", domains=("day",), length=None, augment=True):
         if split not in ("train", "val") or not domains or not set(domains) <= set(DOMAINS):
-            raise InputError(f"toy, split {split!r}, domains {domains!r}: splits are train, val; domains are {DOMAINS}")
+            raise InputError(f"toy, split {split!r}, domains {domains!r}: splits are train, val; "
+                             f"domains are {', '.join(DOMAINS)}")
         first, usual = {"train": (0, 2000), "val": (10_000_000, 256)}[split]
-        self.augment, self.classes = augment, class_table("toy")
-        keys = [(first + i, domains[i % len(domains)]) for i in range(length or usual)]
-        if len(keys) >= 512 and sys.platform == "linux":   # fork is safe here: the children use numpy and PIL alone
-            default = signal.SIGTERM, signal.SIG_DFL       # by which a pool ends: a handler of ours could miss it, asleep
-            with multiprocessing.get_context("fork").Pool(CORES, signal.signal, default) as pool:
-                scenes = pool.starmap(toy_scene, keys, chunksize=64)
-        else:
-            scenes = [toy_scene(*key) for key in keys]
-        self.names = [f"toy_{seed:08d}" for seed, _ in keys]
-        self.images, self.labels = (np.stack([scene[i] for scene in scenes]) for i in (0, 1))
-        self.captions = {name: scene[2] for name, scene in zip(self.names, scenes)}
+        self.classes = class_table("toy")
+        self.augment = augment
+        self.keys = [(first + i, domains[i % len(domains)]) for i in range(length or usual)]
+        self.names = [f"toy_{seed:08d}" for seed, _ in self.keys]
+        self.scenes = [None] * len(self.keys)
+
+    def scene(self, index):
+        """-> image uint8 [64,64,3], label uint8 [64,64], caption."""
+        if self.scenes[index] is None:
+            self.scenes[index] = toy_scene(*self.keys[index])
+        return self.scenes[index]
+
+    @functools.cached_property
+    def images(self):
+        return np.stack([self.scene(i)[0] for i in range(len(self))])
+
+    @functools.cached_property
+    def labels(self):
+        return np.stack([self.scene(i)[1] for i in range(len(self))])
+
+    @functools.cached_property
+    def captions(self):
+        return {name: self.scene(i)[2] for i, name in enumerate(self.names)}
 
     def __len__(self):
-        return len(self.names)
+        return len(self.keys)
 
     def window(self, index, seed=None):
-        return draw_window(S, S, S, self.grid, seed if self.augment else None)
+        return draw_window(SIDE, SIDE, SIDE, self.grid, seed if self.augment else None)
 
     def full(self, index, flip=False):
-        return tensors(self.images[index], self.labels[index], flip)
+        image, label, _ = self.scene(index)
+        return make_tensors(image, label, flip)
 
-    __getitem__ = item
+    def caption(self, index, label=None, seed=None):
+        return self.scene(index)[2]
+
+    def stamp(self):
+        """A text that is another one for other scenes."""
+        return hashlib.sha256(json.dumps(self.keys).encode()).hexdigest()
+
+    __getitem__ = read_item
 
 
-# Folders of the images and of the labels ({}: the split; the first that exists), what ends their files' names, and a
-# source. Where there are two ends, the second serves where the first is missing.
+# Where a dataset's images and labels lie: patterns without suffix, whose end after the last * is no
+# part of the name. Images: those of the first pattern that finds any. Labels: each from the first
+# pattern that has it. ACDC stands beside Cityscapes: its layouts mean the same.
 FOLDERS = {
-    "cityscapes": (["leftImg8bit/{}"], ["gtFine/{}"], ["_leftImg8bit"], ["_gtFine_labelIds", "_gtFine_labelTrainIds"],
-                   "unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from cityscapes-dataset.com there"),
-    "ade20k": (["images/{}"], ["annotations/{}"], [""], [""],
-               "unpack ADEChallengeData2016.zip from sceneparsing.csail.mit.edu, and name the folder inside it"),
-    "coco": (["{}", "images/{}"], ["stuffthingmaps/{}", "annotations/{}"], [""], [""],
-             "unpack train2017.zip, val2017.zip (cocodataset.org), stuffthingmaps_trainval2017.zip (COCO-Stuff) there"),
-    "path": (["images/{}", "images"], ["labels/{}", "labels"], [""], [""],
-             "put pictures into images/, layouts of the same names into labels/"),
+    "cityscapes": (
+        ["leftImg8bit/{split}/*/*_leftImg8bit", "rgb_anon/{part}/{split}/*/*_rgb_anon"],
+        ["gtFine/{split}/*/*_gtFine_labelIds", "gtFine/{split}/*/*_gtFine_labelTrainIds",
+         "gt/{part}/{split}/*/*_gt_labelIds", "gt/{part}/{split}/*/*_gt_labelTrainIds"],
+        "unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip (cityscapes-dataset.com), "
+        "or rgb_anon_trainvaltest.zip and gt_trainval.zip (acdc.vision.ee.ethz.ch) there"),
+    "ade20k": (
+        ["images/{split}/*"],
+        ["annotations/{split}/*"],
+        "unpack ADEChallengeData2016.zip (sceneparsing.csail.mit.edu), name the folder inside it"),
+    "coco": (
+        ["{split}/*", "images/{split}/*"],
+        ["stuffthingmaps/{split}/*", "annotations/{split}/*"],
+        "unpack train2017.zip, val2017.zip (cocodataset.org) and stuffthingmaps_trainval2017.zip "
+        "(COCO-Stuff) there"),
+    "path": (
+        ["images/{split}/*", "images/*"],
+        ["labels/{split}/*", "labels/*"],
+        "put pictures into images/, layouts of the same names into labels/"),
 }
-SPLITS = {"ade20k": {"train": "training", "val": "validation"}, "coco": {"train": "train2017", "val": "val2017"}}
+SPLITS = {"ade20k": {"train": "training", "val": "validation"},
+          "coco": {"train": "train2017", "val": "val2017"}}
 
 
-def find_files(data, root, split):
-    """-> {name: path} of the images and of the labels, by name; the name is the file's without its end."""
-    kind, found = data if data in FOLDERS else "path", []
-    *folders, image_ends, label_ends, source = FOLDERS[kind]
-    if kind == "path" and any((root / "images" / s).is_dir() for s in ("train", "val")):
-        folders = [folders[0][:1], folders[1][:1]]         # without these split folders, every split is the whole
-    for places, ends in zip(folders, (image_ends, label_ends)):
-        places = [root / p.format(SPLITS.get(kind, {}).get(split, split)) for p in places]
-        files = next((p for p in places if p.is_dir()), places[0]).glob("*/*" if kind == "cityscapes" else "*")
-        files = [f for f in files if f.suffix.lower() in (".png", ".jpg", ".jpeg") and f.name[0] != "."]
-        found.append({f.stem.removesuffix(e): f for e in reversed(ends) for f in files if f.stem.endswith(e)})
-        if not found[-1]:
-            looked = " or ".join(f"{place}/*{end}.png" for place in places for end in ends)
+def find_pairs(data, root, split):
+    """-> {name: path} of the images, and of the labels. Raises InputError where there are none."""
+    key, part = split_key(data)
+    *patterns, source = FOLDERS.get(key, FOLDERS["path"])
+    split = SPLITS.get(key, {}).get(split, split)
+    results = []
+    for places, merge in zip(patterns, (False, True)):
+        if part:                                 # a condition of ACDC
+            places = [place for place in places if "{part}" in place]
+        places = [place.format(split=split, part=part or "*") for place in places]
+        found = {}
+        for place in places:
+            if merge or not found:
+                found = find_by_name(root, place) | found
+        if not found:
+            looked = " or ".join(f"{root}/{place}.png" for place in places)
             raise InputError(f"{data}: no {split} files {looked}: {source}")
-    return [dict(sorted(files.items())) for files in found]
+        results.append(dict(sorted(found.items())))
+    return results
 
 
-def read_captions(root, split, path):
-    """-> {name: caption} from `path`, else from captions_{split}.json or captions.json in root, else {}."""
-    places = [p for p in (root / f"captions_{split}.json", root / "captions.json") if p.is_file()]
-    places = [Path(path)] if path else places
-    try:
-        captions = json.loads(places[0].read_text("utf-8")) if places else {}
-        if not isinstance(captions, dict) or not all(isinstance(c, str) for c in captions.values()):
-            raise ValueError("not an object of strings")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{places[0]}: no captions to be read ({error}): wanted is JSON, {{name: caption}}")
-    return captions
+def find_by_name(root, pattern):
+    end = pattern.rpartition("*")[2]
+    files = find_images(root, pattern, PICTURES)
+    return {file.stem.removesuffix(end): file for file in files}
 
 
 class Pairs(torch.utils.data.Dataset):
-    """Images and label maps on disk: Cityscapes, ADE20K, COCO-Stuff, or a folder with images/, labels/, classes.txt.
+    """Image/label pairs on disk: Cityscapes, ACDC, ADE20K, COCO-Stuff, or any folder with images/,
+    labels/ and classes.txt. data: as in `class_table`; "cityscapes:night" is ACDC's condition.
 
-    Cityscapes is resized to (size, 2 size), everything else to `size` at the shorter side and a multiple of `grid` at
-    the longer; a picture of size x size stays as it is. Then comes a crop (`draw_window`). Raises InputError with a
-    report of all pairs that are not whole; skip_broken prints it instead, and leaves them out.
+    Cityscapes is resized to (size, 2 size), all else to `size` at the shorter side and a multiple
+    of `grid` at the longer; a picture of size x size stays as it is. Then comes a crop
+    (`draw_window`). Raises InputError with a report of all pairs that are not whole; skip_broken
+    prints it instead, and leaves them out.
     """
 
-    def __init__(self, data, root=None, split="train", size=512, captions=None, grid=8, augment=True,
-                 skip_broken=False):
+    def __init__(self, data, root=None, split="train", size=512, captions=None, grid=8,
+                 augment=True, skip_broken=False):
         if size < grid or size % grid:
             raise InputError(f"size {size}: the autoencoder wants a multiple of {grid} pixels")
-        data, root, self.classes = str(data), Path(root or data), class_table(data)
-        self.size, self.grid, self.augment = size, grid, augment
-        self.images, self.labels = find_files(data, root, split)
+        self.size = size
+        self.grid = grid
+        self.augment = augment
+        self.classes = class_table(data)
+        root = Path(root or self.classes.key)
+        self.images, self.labels = find_pairs(data, root, split)
         self.captions = read_captions(root, split, captions)
-        broken = {"images without a label": [n for n in self.images if n not in self.labels],
-                  "labels without an image": [n for n in self.labels if n not in self.images]}
-        self.shapes, names = {}, [n for n in self.images if n in self.labels]        # name -> (H, W) once resized
-        with ThreadPoolExecutor(CORES) as pool:
-            checks = pool.map(self.check, names)
-            for name, (trouble, found) in tqdm(zip(names, checks), f"checking {split}", len(names), leave=False,
-                                               disable=len(names) <= 500):
+        self.shapes, broken = self.check_pairs(split)      # name -> (H, W) once resized
+        self.names = list(self.shapes)
+        if broken:
+            report = [f"{root}: broken pairs in {split} ({len(self.names)} are whole)"]
+            for trouble, found in broken.items():
+                some = found[:3] + ["..."] * (len(found) > 3)
+                report.append(f"  {len(found)} {trouble}: {', '.join(some)}")
+            if not skip_broken or not self.names:
+                report.append("  mend them, or leave them out with --skip-broken")
+                raise InputError("\n".join(report))
+            print("\n".join(report), file=sys.stderr)
+        if self.captions and not self.captions.keys() & self.shapes.keys():
+            trouble = (f"{captions or root}: captions of none of the {len(self.names)} {split} "
+                       f"images: {next(iter(self.captions))!r} there, {self.names[0]!r} here")
+            if captions:
+                raise InputError(trouble)
+            print(trouble, file=sys.stderr)
+
+    def check_pairs(self, split):
+        """Reads every file -> {name: (H, W) once resized} of whole pairs, {trouble: [where]}."""
+        names = [name for name in self.images if name in self.labels]
+        shapes, broken = {}, {}
+        for name in sorted(self.images.keys() ^ self.labels.keys()):
+            lacks = "images without a label" if name in self.images else "labels without an image"
+            broken.setdefault(lacks, []).append(name)
+        with ThreadPoolExecutor() as pool:
+            checks = tqdm(pool.map(self.check, names), f"checking {split}", len(names), leave=False,
+                          disable=len(names) <= 500)
+            for name, (trouble, found) in zip(names, checks):
                 if trouble:
                     broken.setdefault(trouble, []).append(found)
                 else:
-                    self.shapes[name] = found
-        self.names = list(self.shapes)
-        if any(broken.values()):
-            report = [f"{root}: broken pairs in {split} ({len(self.names)} are whole)"]
-            report += [f"  {len(b)} {what}: {', '.join(b[:3] + ['...'] * (len(b) > 3))}"
-                       for what, b in broken.items() if b]
-            if not skip_broken or not self.names:
-                raise InputError("\n".join([*report, "  mend them, or leave them out with --skip-broken"]))
-            print("\n".join(report), file=sys.stderr)
-        if captions and not self.captions.keys() & self.shapes.keys():
-            raise InputError(f"{captions}: names none of the {len(self.names)} images, as {self.names[0]!r} is")
+                    shapes[name] = found
+        return shapes, broken
 
     def check(self, name):
         """-> (None, (H, W) of the resized picture), or (what is wrong, where)."""
@@ -720,43 +1136,78 @@ class Pairs(torch.utils.data.Dataset):
         except InputError as error:
             return "images that cannot be read", str(error)
         if label.shape != (h, w):
-            return "labels of another size", f"{name} ({label.shape[1]} x {label.shape[0]}, image {w} x {h})"
-        S, g = self.size, self.grid
-        if self.classes.key == "cityscapes" and (h, w) != (S, S):
+            where = f"{name} ({label.shape[1]} x {label.shape[0]}, image {w} x {h})"
+            return "labels of another size", where
+        S, grid = self.size, self.grid
+        if self.images[name].stem.endswith("_leftImg8bit") and (h, w) != (S, S):
             return None, (S, 2 * S)
-        return None, tuple(max(S, round(side * S / min(h, w) / g) * g) for side in (h, w))
+        return None, tuple(max(S, round(side * S / min(h, w) / grid) * grid) for side in (h, w))
 
     def __len__(self):
         return len(self.names)
 
     def window(self, index, seed=None):
-        return draw_window(*self.shapes[self.names[index]], self.size, self.grid, seed if self.augment else None)
+        H, W = self.shapes[self.names[index]]
+        return draw_window(H, W, self.size, self.grid, seed if self.augment else None)
 
     def full(self, index, flip=False):
         """The whole picture, resized -> image float32 [3,H,W] in [-1,1], label int64 [H,W]."""
         name = self.names[index]
-        image, (h, w) = open_image(self.images[name]).convert("RGB"), self.shapes[name]
-        label = Image.fromarray(read_layout(self.labels[name], self.classes).numpy().astype(np.uint8))
-        if image.size != (w, h):                           # PIL's bicubic averages over the area that a pixel covers
-            image, label = image.resize((w, h), Image.BICUBIC), label.resize((w, h), Image.NEAREST)
-        return tensors(np.asarray(image), np.asarray(label), flip)
+        H, W = self.shapes[name]
+        image = read_image(self.images[name])
+        label = read_layout(self.labels[name], self.classes)
+        label = Image.fromarray(label.numpy().astype(np.uint8))
+        if image.size != (W, H):                 # PIL's bicubic averages over a pixel's whole area
+            image = image.resize((W, H), Image.BICUBIC)
+            label = label.resize((W, H), Image.NEAREST)
+        return make_tensors(np.asarray(image), np.asarray(label), flip)
 
-    __getitem__ = item
+    def caption(self, index, label, seed=None):
+        """The image's caption; of several, one by the seed (None: the first); of none, one composed
+        of the classes in label [H,W]."""
+        caption = self.captions.get(self.names[index])
+        if caption is None:
+            return compose_caption(label, self.classes.names)
+        if isinstance(caption, list):
+            return caption[(seed or 0) % len(caption)]
+        return caption
+
+    def stamp(self):
+        """A text that changes when a file behind the dataset does (by name, size, time), the
+        captions or the classes."""
+        captions = [self.captions.get(name) for name in self.names]
+        known = [self.classes.names, self.classes.file_ids.tolist(), self.names, captions]
+        digest = hashlib.sha256(json.dumps(known).encode())
+        for name in self.names:
+            for path in (self.images[name], self.labels[name]):
+                try:
+                    status = path.stat()
+                except OSError as error:
+                    raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+                text = f"{path.name} {status.st_size} {status.st_mtime_ns}\n"
+                digest.update(text.encode())
+        return digest.hexdigest()
+
+    __getitem__ = read_item
 
 
 def open_dataset(data, root=None, split="train", size=None, **options):
-    """data: "toy", "toy:night" (one domain), "toy:all" (those of the options that Toy has count), or another key or a
-    folder (options are Pairs')."""
-    kind, _, domain = str(data).partition(":")
-    if kind != "toy":
+    """data: "toy" (day), "toy:night" (one domain), "toy:all", or as for `Pairs`.
+
+    options are Pairs'; of them, the toy takes length and augment, and has domains besides.
+    """
+    key, part = split_key(data)
+    if key != "toy":
         return Pairs(data, root, split, size or 512, **options)
-    if size not in (None, S):
-        raise InputError(f"size {size}: the toy world has {S} pixels")
-    options = {k: v for k, v in options.items() if k in ("domains", "length", "augment")}
-    return Toy(split, **options | ({"domains": DOMAINS if domain == "all" else (domain,)} if domain else {}))
+    if size not in (None, SIDE):
+        raise InputError(f"size {size}: the toy world has {SIDE} pixels")
+    taken = {name: options[name] for name in ("domains", "length", "augment") if name in options}
+    if part:
+        taken["domains"] = DOMAINS if part == "all" else (part,)
+    return Toy(split, **taken)
 
 
-# ---- Batches.
+# -- batches
 
 @functools.lru_cache(maxsize=2)
 def order(n, seed, epoch):
@@ -764,74 +1215,138 @@ def order(n, seed, epoch):
 
 
 def batch_keys(n, batch, seed, step, rank, world):
-    """One rank's share of batch number `step`: epochs of n items without a seam, each in an order of its own."""
+    """One rank's share of batch `step`: epochs of n items without a seam, each in its own order."""
     keys = []
-    for position in range((step * world + rank) * batch, (step * world + rank + 1) * batch):
+    first = (step * world + rank) * batch
+    for position in range(first, first + batch):
         epoch = position // n
         index = int(order(n, seed, epoch)[position % n])
-        keys.append((index, int(np.random.SeedSequence((seed, epoch, index)).generate_state(1)[0])))
+        item_seed = np.random.SeedSequence((seed, epoch, index)).generate_state(1)[0]
+        keys.append((index, int(item_seed)))
     return keys
 
 
 def batches(dataset, batch, seed, start=0, workers=0, rank=0, world=1):
     """Endless batches of stacked items, from number `start` on.
 
-    Number `step` depends on (seed, step, rank, world) alone: neither on the workers nor on where the run began.
+    Batch `step` depends on (seed, step, rank, world) alone: neither on the workers nor on where the
+    run began. Raises InputError for a file that can no longer be read, from workers as well.
     """
-    keys = (batch_keys(len(dataset), batch, seed, step, rank, world) for step in itertools.count(start))
-    # The loader gets a generator of its own: otherwise it draws from torch's global one, and so changes the run.
-    yield from torch.utils.data.DataLoader(
+    keys = (batch_keys(len(dataset), batch, seed, step, rank, world)
+            for step in itertools.count(start))
+    # With a generator of its own, the loader does not draw from torch's global one.
+    loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=keys, num_workers=workers, persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(), generator=torch.Generator())
+    try:
+        yield from loader
+    except InputError as error:                  # a worker's has its traceback before it
+        raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
 
 
-# ---- The toy world as files.
+# -- the toy world as files
+
+def write_file(path, content):
+    """Bytes -> a file, whole or not at all (a full disk, Ctrl-C), in place of what was there."""
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def encode_png(array):
+    """uint8 [H,W] or [H,W,3] -> bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "png")
+    return buffer.getvalue()
+
+
+TOY_FILES = {
+    "cityscapes": ("leftImg8bit/{split}/toy/{name}_leftImg8bit.png",
+                   "gtFine/{split}/toy/{name}_gtFine_labelIds.png"),
+    "acdc": ("rgb_anon/{domain}/{split}/toy/{name}_rgb_anon.png",
+             "gt/{domain}/{split}/toy/{name}_gt_labelIds.png"),
+    "path": ("images/{split}/{name}.png", "labels/{split}/{name}.png"),
+}
+
 
 def write_toy(folder, form, split="train", length=None, domains=("day",)):
-    """Writes the toy world as a dataset's files; Pairs(size=64, grid=4) then has the very items of Toy."""
-    toy, folder, to_file = Toy(split, domains, length), Path(folder), np.arange(256, dtype=np.uint8)
-    places = "images/{}/{}.png", "labels/{}/{}.png"
-    if form == "cityscapes":
-        places = "leftImg8bit/{}/toy/{}_leftImg8bit.png", "gtFine/{}/toy/{}_gtFine_labelIds.png"
-        to_file[:19], to_file[IGNORE] = CITYSCAPES_IDS, 0
-    for name, image, label in zip(toy.names, toy.images, toy.labels):
-        for place, array in zip(places, (image, to_file[label])):
-            path = folder / place.format(split, name)
+    """Writes the toy world as a dataset's files; Pairs(size=64, grid=4) then has Toy's very items.
+
+    form: "cityscapes" or "acdc" (their folders, labelIds), "path" (a folder of one's own).
+    """
+    toy = Toy(split, domains, length)
+    folder = Path(folder)
+    to_file = np.arange(256, dtype=np.uint8)
+    if form != "path":                           # class -> labelId
+        for c in range(len(toy.classes.names)):
+            to_file[c] = np.flatnonzero(toy.classes.file_ids == c)[0]
+        to_file[IGNORE] = 0
+    for i, (_, domain) in enumerate(toy.keys):
+        image, label, _ = toy.scene(i)
+        for place, array in zip(TOY_FILES[form], (image, to_file[label])):
+            path = folder / place.format(split=split, name=toy.names[i], domain=domain)
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(array).save(path)
-    (folder / f"captions_{split}.json").write_text(json.dumps(toy.captions, indent=1))
+            write_file(path, encode_png(array))
+    captions = json.dumps(toy.captions, indent=1)
+    write_file(folder / f"captions_{split}.json", captions.encode())
     if form == "path":
-        lines = [f"{name} {r} {g} {b}\n" for name, (r, g, b) in zip(toy.classes.names, toy.classes.palette)]
-        (folder / "classes.txt").write_text("".join(lines))
+        write_file(folder / "classes.txt", classes_text(toy.classes).encode())
     print(f"{folder}: {len(toy)} {split} pairs of the toy world")
 
 
 def show_toy(path, seeds=range(10_000_000, 10_000_008)):
-    """Writes a picture: a column per scene, its layout above the five domains, twice enlarged."""
-    scenes = [[toy_scene(seed, domain) for domain in DOMAINS] for seed in seeds]
-    columns = [np.concatenate([np.asarray(colorize(s[0][1], "toy")), *(image for image, _, _ in s)]) for s in scenes]
-    Image.fromarray(np.concatenate(columns, 1).repeat(2, 0).repeat(2, 1)).save(path)
+    """Writes a PNG: a column per scene, its layout above the five domains, twice enlarged."""
+    columns = []
+    for seed in seeds:
+        scenes = [toy_scene(seed, domain) for domain in DOMAINS]
+        layout = np.asarray(colorize(scenes[0][1], "toy"))
+        columns.append(np.concatenate([layout, *(image for image, _, _ in scenes)]))
+    picture = np.concatenate(columns, 1).repeat(2, 0).repeat(2, 1)
+    write_file(path, encode_png(picture))
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description="Writes the toy world: as a dataset's files, or as one picture.")
+    add = parser.add_argument
+    add("--write-toy", metavar="DIR", help="write image/label pairs and captions into this folder")
+    add("--format", choices=TOY_FILES, default="cityscapes", help="its folders")
+    add("--split", choices=("train", "val"), default="train")
+    add("--n", type=int, help="how many pairs (2000 for train, 256 for val)")
+    add("--domains", default="day", help=f"comma-separated, out of {','.join(DOMAINS)}")
+    add("--show", metavar="FILE.png", help="write a picture: eight layouts in five domains")
+    parser.error = refuse
+    args = parser.parse_args()
+    if not (args.write_toy or args.show):
+        refuse("give --write-toy DIR or --show FILE.png")
+    if args.n is not None and args.n < 1:
+        refuse(f"--n {args.n}: must be 1 or more")
+    if args.show and Path(args.show).suffix.lower() != ".png":
+        refuse(f"--show {args.show}: must end in .png")
+    for target in filter(None, (args.write_toy, args.show)):
+        check_name(target)
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Writes the toy world: as a dataset's files, or as one picture.")
-    parser.add_argument("--write-toy", metavar="DIR", help="write image/label pairs and captions into this folder")
-    parser.add_argument("--format", choices=("cityscapes", "path"), default="cityscapes", help="its layout")
-    parser.add_argument("--split", choices=("train", "val"), default="train")
-    parser.add_argument("--n", type=int, help="how many pairs (2000 for train, 256 for val)")
-    parser.add_argument("--domains", default="day", help=f"comma-separated, out of {','.join(DOMAINS)}")
-    parser.add_argument("--show", metavar="FILE", help="write a picture: eight layouts in five domains")
-    parser.error = refuse
     try:
-        args = parser.parse_args()
-        if not (args.write_toy or args.show) or args.n is not None and args.n < 1:
-            refuse("give --write-toy DIR or --show FILE, and no --n below 1")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        args = parse_args()
         if args.write_toy:
-            write_toy(args.write_toy, args.format, args.split, args.n, tuple(args.domains.split(",")))
+            domains = tuple(args.domains.split(","))
+            write_toy(args.write_toy, args.format, args.split, args.n, domains)
         if args.show:
             show_toy(args.show)
-    except (InputError, OSError, ValueError) as error:     # ValueError: a suffix that PIL does not know
-        parser.exit(2, f"data.py: {error}\n")
+    except (InputError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        os._exit(130)                            # whatever is still at work
 
 
 if __name__ == "__main__":

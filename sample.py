@@ -1,27 +1,37 @@
 """Layout and prompt -> image, whole data sets of such images, and how good they are.
 
-    python sample.py --layout FILE --prompt "a street at night"                                     images and a grid
-    python sample.py --layouts val --prompts "night scene" "{caption}, in snow" --n 4 --out DIR     a labelled data set
-    python sample.py --evaluate --limit 128                                                         a table and a JSON
-    python sample.py --serve                                                                        a page to paint layouts on
-    python sample.py --bench                                                                        seconds and FLOP/s
+    python sample.py --layout FILE --prompt "a street at night"     images, and a grid of them
+    python sample.py --layouts val --prompts "night scene" "{caption}, in snow" --n 4 --out DIR
+                                                                    a labelled data set
+    python sample.py --evaluate --limit 128                         a table, a JSON, the images
+    python sample.py --serve                                        a page to paint layouts on
+    python sample.py --bench                                        seconds and FLOP per image
 """
+import os
+import signal
+
+if __name__ == "__main__":
+    # Ctrl-C during the slow imports below ends without a traceback; `main` catches it later.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    # OpenMP's threads sleep while they wait, instead of taking the CPU from other programs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import argparse
 import base64
-import contextlib
+import csv
 import fcntl
 import io
 import json
 import math
-import os
 import platform
 import re
-import statistics
+import resource
 import sys
 import tempfile
 import threading
 import time
 import zlib
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -30,94 +40,135 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from aldm import (ALDM, JUDGE, PRESETS, atomic, base_file, keep_memory, load_frozen, load_into, load_segmenter,
-                  load_weights, pick_device, read_adapter)
-from data import (DOMAINS, IGNORE, PHRASES, Classes, InputError, class_table, colorize, compose_caption, open_dataset,
-                  read_captions, read_layout, refuse, toy_scene)
+from aldm import (ALDM, JUDGE, PRESETS, atomic, base_file, check_target, load_class_embeddings,
+                  load_frozen, load_into, load_segmenter, load_weights, pick_device, read_adapter,
+                  read_parts, remove_leftovers)
+from data import (ASSETS, DOMAINS, IGNORE, PHRASES, Classes, InputError, class_table, classes_text,
+                  colorize, compose_caption, find_images, open_dataset, read_captions, read_layout,
+                  refuse, toy_scene)
 from discriminator import Classifier, UperNet, confusion_matrix, mean_iou
 from unet import OFT
 
-ADAPTER = Path(__file__).parent / "assets" / "toy_adapter.safetensors"
-GUIDANCE = {"toy": 5.0, "sd15": 7.5}                                        # --cfg where none is given
-WEATHER = ("night scene", "snowy scene", "foggy scene", "rainy scene")      # asked of real layouts by --evaluate
+ADAPTER = ASSETS / "toy_aldm.safetensors"
+GUIDANCE = {"toy": 5.0, "sd15": 7.5}        # --cfg where none is given
+MAX_PIXELS = 4 * 2 ** 20                    # of one image
+WEATHER = ("{caption}, night scene", "{caption}, snowy scene", "{caption}, foggy scene",
+           "{caption}, rainy scene")        # what --evaluate asks for, as the authors do
 
 
-# -- the model --------------------------------------------------------------------------------------------------------
+# -- the model ------------------------------------------------------------------------------------
 
 
-def load_model(adapter=ADAPTER, sd=None, device="cpu", classes=None, merge=True):
-    """An adapter (what aldm.read_adapter reads) on the frozen Stable Diffusion `sd` (None: the preset's own) -> ALDM.
+def load_model(path=ADAPTER, sd=None, device="cpu", merge=True):
+    """An adapter's file (all that aldm.read_adapter reads) on the frozen Stable Diffusion `sd`
+    (None: the preset's own) -> ALDM, see `build_model`. Raises InputError for unusable files."""
+    meta, parts = read_adapter(path)
+    return build_model(meta, parts, path, classes_of(meta, path), sd, device, merge)
 
-    classes   None: those that the file describes
-    merge     make it fast, and fit for sampling alone: OFT's rotations go into the weights; on CUDA, UNet and adapter
-              become bf16
-    Raises InputError for files that cannot be used.
+
+def build_model(meta, parts, path, classes, sd=None, device="cpu", merge=True, embeddings=None):
+    """What aldm.read_adapter has read from `path` -> ALDM on `device`, ready for sampling.
+
+    merge         make it fast, and unfit for training: OFT's rotations go into the weights, and
+                  on CUDA the UNet and the adapter become bf16
+    embeddings    a file of class embeddings, where the adapter's own file has none
     """
-    device, (meta, parts) = torch.device(device), read_adapter(adapter)
+    device = torch.device(device)
     fast = merge and device.type == "cuda"
-    early = torch.bfloat16 if fast and meta["adapter"] != "oft" else torch.float32     # rotate first, then round
-    unet, vae, text, _ = load_frozen(meta["preset"], sd, device, early)
-    model = ALDM(PRESETS[meta["preset"]], unet, vae, text, classes or classes_of(meta, adapter), meta["adapter"],
-                 meta["hint"], parts.get("layout", {}).get("table")).to(device)
-    load_into(model.adapter, parts["adapter"], adapter, device, torch.float32)
+    # OFT multiplies the UNet's weights: rotate them in fp32, round afterwards.
+    dtype = torch.bfloat16 if fast and meta["adapter"] != "oft" else torch.float32
+    unet, vae, text, _ = load_frozen(meta["preset"], sd, device, dtype)
+    table = parts.get("layout", {}).get("table")
+    if embeddings:
+        table = load_class_embeddings(embeddings, classes, text)
+    model = ALDM(PRESETS[meta["preset"]], unet, vae, text, classes, meta["adapter"], meta["hint"],
+                 table, hint_colors=meta.get("hint_colors"))
+    load_into(model.adapter, parts["adapter"], path)
+    model.to(device)
     if merge and meta["adapter"] == "oft":
         OFT.merge(model.unet)
-    for part in (model.unet, model.adapter) if fast else ():
-        part.bfloat16()
-    (model if fast else model.vae).to(memory_format=torch.channels_last)        # on a CPU the UNet gains nothing by it
+    if fast:
+        model.unet.bfloat16()
+        model.adapter.bfloat16()
+        model.to(memory_format=torch.channels_last)
+    else:
+        model.vae.to(memory_format=torch.channels_last)     # on a CPU the UNet gains nothing by it
     return model.requires_grad_(False).eval()
 
 
-def classes_of(meta, adapter, data=None):
-    """The classes of an adapter, by its metadata; `data` may name another dataset only if that has the same classes."""
+def classes_of(meta, path, data=None):
+    """The Classes of the adapter in `path`, by its metadata. `data` may name another dataset, if
+    that has the same classes."""
     names, key = tuple(meta["names"] or ()), data or meta["dataset"]
     if key is None:
-        raise InputError(f"{adapter}: does not say of which dataset it is: name it with --data")
+        raise InputError(f"{path}: does not say of which dataset it is: name it with --data")
     if data or not names or key in ("toy", "cityscapes", "ade20k", "coco"):
         classes = class_table(key)
         if names and classes.names != names:
-            raise InputError(f"{adapter}: is of {meta['dataset']}, {len(names)} classes ({', '.join(names[:3])}, ...),"
-                             f" not of {key}, {len(classes.names)} ({', '.join(classes.names[:3])}, ...)")
+            raise InputError(f"{path}: is of {meta['dataset']}, {len(names)} classes "
+                             f"({', '.join(names[:3])}, ...), not of {key}, "
+                             f"{len(classes.names)} ({', '.join(classes.names[:3])}, ...)")
         return classes
-    ids = np.where(np.arange(256) < len(names), np.arange(256), -1).astype(np.int16)    # a folder's: ids as they are
-    ids[IGNORE] = IGNORE
     palette = np.array(meta["palette"], np.uint8)
-    return Classes(key, names, palette, (None,) * len(names), ids, np.zeros((1, 3), np.uint8))
+    file_ids = np.full(256, -1, np.int16)           # a folder's: the ids are the classes
+    file_ids[:len(names)] = np.arange(len(names))
+    file_ids[IGNORE] = IGNORE
+    black = np.zeros((1, 3), np.uint8)
+    return Classes(key, names, palette, (None,) * len(names), file_ids, black)
+
+
+def default_guidance(preset):
+    """The guidance scale where none is given."""
+    for name, scale in GUIDANCE.items():
+        if PRESETS[name] == preset:
+            return scale
+    return 1.0
 
 
 @torch.no_grad()
-def generate(model, labels, prompts, seeds, negative="", steps=25, cfg=None, eta=0.0, batch=8, on_step=None):
-    """Sample x_0 by DDIM with guidance and decode it: labels [B,H,W], B prompts, B seeds -> uint8 [B,H,W,3] (numpy).
+def generate(model, labels, prompts, seeds, negative="", steps=25, cfg=None, eta=0.0, batch=8,
+             on_step=None):
+    """Sample x_0 by DDIM with guidance, and decode it.
 
-    Sides that are not multiples of `preset.multiple` pixels are padded with void, and the images cropped back. All
-    randomness of an image comes from its own seed: it does not depend on the others in the batch (but for rounding).
-    on_step(i, x0_hat [b,4,h,w]) is called after each of the `steps` steps of each batch of b <= `batch` images.
+    labels [B,H,W], B prompts, B seeds -> uint8 [B,H,W,3] (numpy). Sides that are not multiples of
+    `preset.multiple` pixels are padded with void, and the images cropped back. All randomness of
+    an image comes from its own seed, so it depends on no other in the batch (but for rounding).
+    on_step(i, x0_hat [b,C,h,w]) is called after each step of each batch of b <= `batch` images.
     """
-    device, preset, images = model.device, model.preset, []
-    cfg = next((GUIDANCE[name] for name, p in PRESETS.items() if p == preset), 1.0) if cfg is None else cfg
+    device, preset = model.device, model.preset
+    if cfg is None:
+        cfg = default_guidance(preset)
+    if eta:
+        batch = 1       # stochastic steps draw from the global stream: make it that of one seed
     labels = torch.as_tensor(labels).long()
     H, W = labels.shape[1:]
-    labels = F.pad(labels, (0, -W % preset.multiple, 0, -H % preset.multiple), value=IGNORE)
-    shape = (preset.vae.z_channels, *(side // preset.vae.factor for side in labels.shape[1:]))
-    batch = 1 if eta else batch         # stochastic steps draw from the global stream, which then is that of one seed
+    padding = (0, -W % preset.multiple, 0, -H % preset.multiple)
+    labels = F.pad(labels, padding, value=IGNORE)
+    h, w = (side // preset.vae.factor for side in labels.shape[1:])
+    cuda = device.type == "cuda"
+    images = []
     for i in range(0, len(labels), batch):
-        part = slice(i, i + batch)
-        context, uncond = (model.text.encode(texts) for texts in (prompts[part], [negative] * len(prompts[part])))
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), \
-                torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            noise = torch.stack([torch.randn(shape, generator=torch.manual_seed(seed)) for seed in seeds[part]])
-            z = model.sample(labels[part].to(device), context, uncond, steps, cfg, noise, eta, on_step)
+        label = labels[i:i + batch].to(device)
+        context = model.text.encode(prompts[i:i + batch])
+        uncond = model.text.encode([negative] * len(label))
+        with (torch.random.fork_rng([device] if cuda else []),
+              torch.autocast(device.type, torch.bfloat16, enabled=cuda)):
+            noise = torch.stack([torch.randn((preset.vae.z_channels, h, w),
+                                             generator=torch.manual_seed(seed))
+                                 for seed in seeds[i:i + batch]])
+            z = model.sample(label, context, uncond, steps, cfg, noise, eta, on_step)
         images.append(to_pixels(model.vae.decode(z.float())[:, :, :H, :W]))
     return np.concatenate(images)
 
 
 def to_pixels(image):
     """image [B,3,H,W], about [-1,1] -> uint8 [B,H,W,3] (numpy)"""
-    return ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def from_pixels(pixels, device):
@@ -126,57 +177,85 @@ def from_pixels(pixels, device):
 
 
 def image_seed(seed, name):
-    """The seed of the image called `name` in a run with --seed `seed`: the same in every batch, on every machine."""
-    return zlib.crc32(f"{seed}/{name}".encode())
+    """The seed of the image `name` in a run with --seed `seed`: in every batch the same."""
+    return zlib.crc32(f"{seed}/{name}".encode(errors="surrogateescape"))
 
 
-def grid(rows):
-    """Rows of uint8 pictures [H,W,3] -> one PIL.Image with gaps of 2 pixels; pictures up to 128 pixels are doubled."""
-    h, w = (max(p.shape[axis] for row in rows for p in row) for axis in (0, 1))
-    k = 2 if max(h, w) <= 128 else 1
-    canvas = np.full((len(rows) * (k * h + 2) - 2, max(map(len, rows)) * (k * w + 2) - 2, 3), 255, np.uint8)
+# -- pictures and files ---------------------------------------------------------------------------
+
+
+def grid(rows, titles=()):
+    """Rows of uint8 pictures [H,W,3] -> PIL.Image, with gaps of 2 pixels; pictures of up to 128
+    pixels are doubled. `titles` stand above the columns, as much of each as there is room for."""
+    height = max(pixels.shape[0] for row in rows for pixels in row)
+    width = max(pixels.shape[1] for row in rows for pixels in row)
+    scale = 2 if max(height, width) <= 128 else 1
+    height, width = scale * height + 2, scale * width + 2       # from one picture to the next
+    top = 14 if titles else 0
+    columns = max(map(len, rows))
+    canvas = Image.new("RGB", (columns * width - 2, top + len(rows) * height - 2), "white")
     for i, row in enumerate(rows):
-        for j, p in enumerate(row):
-            p, y, x = p.repeat(k, 0).repeat(k, 1), i * (k * h + 2), j * (k * w + 2)
-            canvas[y:y + p.shape[0], x:x + p.shape[1]] = p
-    return Image.fromarray(canvas)
+        for j, pixels in enumerate(row):
+            picture = Image.fromarray(pixels.repeat(scale, 0).repeat(scale, 1))
+            canvas.paste(picture, (j * width, top + i * height))
+    pen = ImageDraw.Draw(canvas)
+    for j, title in enumerate(titles):
+        while pen.textlength(title) > width - 4:
+            title = title[:-1]
+        pen.text((j * width + 2, 1), title, fill="black")
+    return canvas
 
 
-# -- one layout -------------------------------------------------------------------------------------------------------
-
-
-def fit(label, preset, size, what, say=True):
-    """label [H,W] -> the same, resized by nearest until its shorter side is `size` pixels (None: the preset's training
-    size, where the label is larger; 0: not at all). Says in a line each what is done to it, here and in `generate`."""
-    (h, w), m = label.shape, preset.multiple
-    target = (min(preset.size, h, w) if size is None else size) or min(h, w)
-    H, W = (round(side * target / min(h, w)) for side in (h, w))
-    if H * W > 2 ** 22:
-        raise InputError(f"{what}: {W} x {H} pixels are too many to sample (at most 4 Mpixel): give a smaller --size")
-    if say and (H, W) != (h, w):
-        note(f"{what}: {w} x {h} pixels, resized to {W} x {H} (--size 0 keeps it as it is)")
-    if say and (H % m or W % m):
-        note(f"{what}: {W} x {H}, padded with void to {W + -W % m} x {H + -H % m} (multiples of {m}), images cropped")
-    resized = Image.fromarray(np.asarray(label, np.uint8)).resize((W, H), Image.NEAREST)        # (as data.Pairs)
-    return torch.from_numpy(np.array(resized)).long()
+def draw_curves(log_csv, path, width=320, height=100):
+    """log.csv of train.py (step, then losses; a cell is empty where a loss was not computed) -> a
+    PNG with a panel per loss, its scale from its least to its largest value. Long curves are
+    averaged over neighbouring steps. Without rows there is nothing to draw, and no file."""
+    with open(log_csv, newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = list(rows[0])[1:] if rows else []
+    if not names:
+        return
+    canvas = Image.new("RGB", (width, len(names) * height), "white")
+    pen = ImageDraw.Draw(canvas)
+    for panel, name in enumerate(names):
+        top = panel * height
+        points = [(float(row["step"]), float(row[name])) for row in rows if row[name]]
+        points = np.array([point for point in points if math.isfinite(point[1])])
+        if not len(points):
+            pen.text((4, top + 2), f"{name}: none yet", fill="black")
+            continue
+        step, last = points[-1]
+        parts = np.array_split(points, min(len(points), width // 2))
+        points = np.array([part.mean(0) for part in parts])
+        low, high = points.min(0), points.max(0)
+        x, y = ((points - low) / np.maximum(high - low, 1e-12)).T      # 0..1
+        title = f"{name}: {last:.4g} at step {step:.0f} ({low[1]:.3g} to {high[1]:.3g})"
+        pen.text((4, top + 2), title, fill="black")
+        pen.line(list(zip(4 + x * (width - 8), top + height - 6 - y * (height - 26))), fill="navy")
+    write_png(path, canvas)
 
 
 def note(text):
+    """Tell the user something that does not stop the work."""
     print(text, file=sys.stderr)
 
 
 def write_png(path, image):
     """image: a PIL.Image, or uint8 [H,W] or [H,W,3]. The file is there whole or not at all."""
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(image)
     with atomic(path) as temporary:
-        (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(temporary, format="PNG")
+        image.save(temporary, format="PNG")
 
 
 def write_text(path, text):
+    """The file is there whole or not at all."""
     with atomic(path) as temporary:
         Path(temporary).write_text(text, "utf-8")
 
 
 def make_folder(path):
+    """Make a folder where files can be written -> its Path. InputError if that is impossible."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -186,617 +265,938 @@ def make_folder(path):
     return Path(path)
 
 
-def sample_layout(model, layout, args):
+def safe_name(name):
+    """A file name that leads out of no folder, from the name of an item."""
+    return re.sub(r"[^\w.-]", "_", name).lstrip(".") or "_"
+
+
+# -- one layout -----------------------------------------------------------------------------------
+
+
+def resize_layout(label, preset, size, what, say=True):
+    """label [H,W] -> [h,w], by nearest, its shorter side `size` pixels (None: the preset's
+    training size, if the label is larger; 0: as it is). Says what is done, here and by `generate`.
+    Raises InputError where that is too large to sample."""
+    H, W = label.shape
+    if size is None:
+        size = min(preset.size, H, W)
+    scale = size / min(H, W) if size else 1
+    h, w = round(H * scale), round(W * scale)
+    if h * w > MAX_PIXELS:
+        raise InputError(f"{what}: {w} x {h} pixels are too many to sample (at most "
+                         f"{MAX_PIXELS >> 20} Mpixel): give a smaller --size")
+    if say and (h, w) != (H, W):
+        note(f"{what}: {W} x {H} pixels, resized to {w} x {h} (--size 0 keeps it as it is)")
+    m = preset.multiple
+    if say and (h % m or w % m):
+        note(f"{what}: {w} x {h}, padded with void to {w + -w % m} x {h + -h % m} "
+             f"(multiples of {m}), images cropped")
+    picture = Image.fromarray(np.asarray(label, np.uint8)).resize((w, h), Image.NEAREST)
+    return torch.from_numpy(np.array(picture)).long()
+
+
+def sampling(args):
+    """The arguments of `generate` that flags set."""
+    return {name: getattr(args, name) for name in ("negative", "steps", "cfg", "eta", "batch")}
+
+
+def sample_layout(model, label, args):
     """--layout: n images of one label map [H,W], and a grid of layout and images, go to --out."""
-    path, label = Path(args.layout), fit(layout, model.preset, args.size, args.layout)
-    out, seeds = make_folder(args.out), range(args.seed, args.seed + args.n)
-    with tqdm(total=args.steps * math.ceil(args.n / (1 if args.eta else args.batch)), desc="DDIM steps") as bar:
-        images = generate(model, label.expand(args.n, -1, -1), [args.prompt] * args.n, seeds, **sampling(args),
-                          on_step=lambda i, x0_hat: bar.update())
-    files = {f"{path.stem}_{seed}.png": image for seed, image in zip(seeds, images)}
-    files[f"{path.stem}_{args.seed}_grid.png"] = grid([[np.asarray(colorize(label, model.classes)), *images]])
+    out, stem = Path(args.out), Path(args.layout).stem
+    seeds = range(args.seed, args.seed + args.n)
+    batch = 1 if args.eta else args.batch
+    with tqdm(total=args.steps * math.ceil(args.n / batch), desc="DDIM steps") as bar:
+        images = generate(model, label.expand(args.n, -1, -1), [args.prompt] * args.n, seeds,
+                          **sampling(args), on_step=lambda i, x0_hat: bar.update())
+    layout = np.asarray(colorize(label, model.classes))
+    titles = ["layout", *(f"seed {seed}" for seed in seeds)]
+    files = {f"{stem}_{seed}.png": image for seed, image in zip(seeds, images)}
+    files[f"{stem}_{args.seed}_grid.png"] = grid([[layout, *images]], titles)
     for name, image in files.items():
         write_png(out / name, image)
     print(f"{out}: {', '.join(files)}")
 
 
-def sampling(args):
-    return {name: getattr(args, name) for name in ("negative", "steps", "cfg", "eta", "batch")}
+# -- a whole data set -----------------------------------------------------------------------------
 
 
-# -- a whole data set -------------------------------------------------------------------------------------------------
-
-
-def open_split(model, args, split):
-    """A split of --data, at the size the model was trained at -> dataset, load(i) -> dict(image, label, caption, name),
-    uncropped."""
-    key = args.data or model.classes.key
-    options = {} if key.startswith("toy") else dict(grid=model.preset.vae.factor)
-    dataset = open_dataset(key, args.root, split, args.size or model.preset.size, **options)
+def open_split(args, preset, classes, split):
+    """A split of --data, uncropped, at the size of the training -> dataset,
+    load(i) -> dict(image [3,H,W], label [H,W], caption, name)."""
+    key = args.data or classes.key
+    size = args.size or preset.size
+    dataset = open_dataset(key, args.root, split, size, grid=preset.vae.factor)
 
     def load(i):
-        (image, label), name = dataset.full(i), dataset.names[i]
-        caption = dataset.captions.get(name) or compose_caption(label, dataset.classes.names)
-        return dict(image=image, label=label, caption=caption, name=name)
+        name = dataset.names[i]
+        image, label = dataset.full(i)
+        return dict(image=image, label=label, caption=dataset.caption(i, label), name=name)
     return dataset, load
 
 
-def find_layouts(model, args):
-    """--layouts, a split of --data or a folder of PNGs -> names, load(i) -> dict(label, caption, ...)"""
+def open_layouts(args, preset, classes):
+    """--layouts, a split of --data or a folder of PNGs -> names, load(i) -> dict(label, caption).
+    A layout that cannot be read is found here, not after hours."""
     place = Path(args.layouts)
     if not place.is_dir():
         if os.sep in args.layouts:
             raise InputError(f"--layouts {args.layouts}: no such folder")
-        dataset, load = open_split(model, args, args.layouts)
-        return dataset.names, load
+        dataset, load = open_split(args, preset, classes, args.layouts)
+        return dataset.names[:args.limit], load
     folder = place / "labels" if (place / "labels").is_dir() else place
-    files, captions = sorted(folder.glob("*.png")), read_captions(place, "", None)
+    files = find_images(folder)
     if not files:
-        raise InputError(f"--layouts {folder}: no .png in there: name a folder with layouts, or a split of --data")
-    if Path(args.out).resolve() in (place.resolve(), folder.resolve(), folder.resolve().parent):
+        raise InputError(f"--layouts {folder}: no .png in there: name a folder with layouts, or a "
+                         "split of --data")
+    out = Path(args.out)
+    if folder.resolve() in (out.resolve(), (out / "labels").resolve()):
         raise InputError(f"--out {args.out}: the layouts are there: choose another folder")
+    captions, files = read_captions(place, "", None), files[:args.limit]
 
     def load(i, say=False):
-        label = fit(read_layout(files[i], model.classes), model.preset, args.size, files[i], say)
-        return dict(label=label, caption=captions.get(files[i].stem) or compose_caption(label, model.classes.names))
-    for i in range(len(files)):                                     # a broken one is found now, not hours later
+        label = read_layout(files[i], classes)
+        label = resize_layout(label, preset, args.size, files[i], say)
+        caption = captions.get(files[i].stem) or compose_caption(label, classes.names)
+        return dict(label=label, caption=caption)
+    for i in range(len(files)):
         load(i, say=i == 0)
     return [file.stem for file in files], load
 
 
 def same_size(items, batch):
-    """Dicts with a `label` [H,W] -> lists of at most `batch` of them, all of one size in each."""
+    """Dicts with a `label` [H,W] -> lists of at most `batch` of them, each of one size only."""
     waiting = {}
     for item in items:
-        group = waiting.setdefault(item["label"].shape, [])
+        size = item["label"].shape
+        group = waiting.setdefault(size, [])
         group.append(item)
         if len(group) == batch:
-            yield waiting.pop(item["label"].shape)
+            yield waiting.pop(size)
     yield from waiting.values()
-
-
-def classes_txt(classes):
-    """The text by which data.class_table knows these classes again; a colour that two share goes to the first."""
-    colours = [tuple(c) for c in classes.palette.tolist()]
-    return "".join(f"{name} {' '.join(map(str, c)) if colours.index(c) == i else ''}".strip() + "\n"
-                   for i, (name, c) in enumerate(zip(classes.names, colours)))
 
 
 def add_captions(out, new):
     """Put {name: caption} into out/captions.json, one process after the other."""
     with open(out / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        captions = dict(sorted((read_captions(out, "", None) | new).items()))
-        write_text(out / "captions.json", json.dumps(captions, indent=1, ensure_ascii=False))
+        captions = read_captions(out, "", None) | new
+        text = json.dumps(dict(sorted(captions.items())), indent=1, ensure_ascii=False)
+        write_text(out / "captions.json", text)
 
 
-def sample_dataset(model, args):
-    """--layouts: n images of each layout with each prompt, as a dataset that `--data DIR` takes: images/, labels/,
-    classes.txt, captions.json. Images that are there are left alone, so that the same command resumes."""
-    names, load = find_layouts(model, args)
-    stems = [re.sub(r"[^\w.-]", "_", name).lstrip(".") or "_" for name in names[:args.limit]]    # (none leads out)
+def data_settings(args):
+    """What made.json keeps: all that decides how an image of --layouts looks, beside its layout."""
+    keys = "prompts", "seed", "negative", "steps", "cfg", "eta", "size"
+    adapter = str(Path(args.ckpt).resolve())
+    return {"adapter": adapter, **{key: getattr(args, key) for key in keys}}
+
+
+def check_settings(out, settings):
+    """Raises InputError where `out` holds images that were made with other settings."""
+    path = out / "made.json"
+    if not path.exists():
+        return
+    made = json.loads(path.read_text("utf-8"))
+    for key, value in settings.items():
+        if made.get(key) != value:
+            raise InputError(f"{out}: its images were made with --{key} {made.get(key)!r}, not "
+                             f"{value!r}: choose another --out")
+
+
+def plan_dataset(args, preset, classes):
+    """--layouts -> load(i) of `open_layouts`, and a list of (i, name, prompt): this shard's images
+    that are not in --out yet."""
+    names, load = open_layouts(args, preset, classes)
+    stems = [safe_name(name) for name in names]
     if len(set(stems)) < len(stems):
-        raise InputError(f"--layouts {args.layouts}: two layouts are called {max(stems, key=stems.count)}: rename one")
-    out, known, missing = Path(args.out), read_captions(Path(args.out), "", None), {}
-    for i, stem in list(enumerate(stems))[args.shard[0]::args.shard[1]]:
+        twin = max(stems, key=stems.count)
+        raise InputError(f"--layouts {args.layouts}: two layouts are called {twin}: rename one")
+    out = Path(args.out)
+    folders = make_folder(out / "images"), make_folder(out / "labels")
+    check_settings(out, data_settings(args))
+    shard, shards = args.shard
+    todo = []
+    for i in range(shard, len(stems), shards):
         for p, prompt in enumerate(args.prompts):
-            for name in (f"{stem}_{p}_{k}" for k in range(args.n)):
-                if "{caption}" not in prompt and known.get(name, prompt) != prompt:
-                    raise InputError(f"{out}: there, {name} is {known[name]!r}, not {prompt!r}: choose another --out")
-                if not all((out / kind / f"{name}.png").exists() for kind in ("images", "labels")):
-                    missing.setdefault(i, []).append((name, prompt))
-    for kind in ("images", "labels"):
-        make_folder(out / kind)
-    write_text(out / "classes.txt", classes_txt(model.classes))
+            for k in range(args.n):
+                name = f"{stems[i]}_{p}_{k}"
+                if not all((folder / f"{name}.png").exists() for folder in folders):
+                    todo.append((i, name, prompt))
+    return load, todo
 
-    def jobs():
-        for i, todo in missing.items():
-            item = load(i)
-            for name, prompt in todo:
-                yield dict(label=item["label"], name=name, prompt=prompt.replace("{caption}", item["caption"]))
 
-    count = sum(map(len, missing.values()))
-    with tqdm(total=count, unit="image", dynamic_ncols=True) as bar:
-        for group in same_size(jobs(), args.batch):
-            labels, names, prompts = ([job[key] for job in group] for key in ("label", "name", "prompt"))
+def sample_dataset(model, load, todo, args):
+    """--layouts: n images of each layout with each prompt, as a data set for `--data OUT`: images/,
+    labels/, classes.txt, captions.json. What is there is left alone: the same command resumes."""
+    out = Path(args.out)
+    jobs = (dict(load(i), name=name, prompt=prompt) for i, name, prompt in todo)
+    for folder in (out, out / "images", out / "labels"):
+        remove_leftovers(folder)
+    with tqdm(total=len(todo), unit="image", dynamic_ncols=True) as bar:
+        write_text(out / "classes.txt", classes_text(model.classes))
+        write_text(out / "made.json", json.dumps(data_settings(args), indent=1))
+        for group in same_size(jobs, args.batch):
+            names = [job["name"] for job in group]
+            prompts = [job["prompt"].replace("{caption}", job["caption"]) for job in group]
+            labels = torch.stack([job["label"] for job in group])
             seeds = [image_seed(args.seed, name) for name in names]
-            images = generate(model, torch.stack(labels), prompts, seeds, **sampling(args))
+            images = generate(model, labels, prompts, seeds, **sampling(args))
             add_captions(out, dict(zip(names, prompts)))
-            for name, label, image in zip(names, labels, images):   # the image last: where it is, the rest is, too
+            for name, label, image in zip(names, labels, images):
                 write_png(out / "labels" / f"{name}.png", label.byte().numpy())
-                write_png(out / "images" / f"{name}.png", image)
+                write_png(out / "images" / f"{name}.png", image)    # last: so the rest is there
             bar.update(len(group))
-    print(f"{out}: {count} new images; train on them with --data {out}")
+    print(f"{out}: {len(todo)} new images; train on them with --data {out}")
 
 
-# -- how good the images are ------------------------------------------------------------------------------------------
+# -- how good the images are ----------------------------------------------------------------------
 
 
 def frechet_distance(mu1, cov1, mu2, cov2):
-    """Of two Gaussians, squared as the field reports it: |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
+    """Of two Gaussians, squared as the field reports it: |mu1-mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2).
 
-    mu [C], C [C,C], float64 -> float. C1 C2 has the eigenvalues, all >= 0, of the symmetric C1^(1/2) C2 C1^(1/2).
+    mu [C], C [C,C], float64 -> float. C1 C2 has the eigenvalues, all >= 0, of the symmetric
+    C1^1/2 C2 C1^1/2.
     """
     values, vectors = torch.linalg.eigh(cov1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
-    return ((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross).clamp(min=0).item()
+    distance = (mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross
+    return distance.clamp(min=0).item()
 
 
 def precision_recall(real, fake, k=3):
-    """Kynkaanniemi et al. 2019: real [L,C], fake [M,C] -> the share of fakes that lie among the real (precision), and
-    of the real that lie among the fakes (recall): nearer to one of them than its own k-th neighbour."""
-    def share(points, among):
-        radius = torch.cdist(among, among).kthvalue(k + 1).values   # (the nearest to each is itself)
-        return (torch.cdist(points, among) <= radius).any(1).double().mean().item()
-    return share(fake, real), share(real, fake)
+    """Kynkaanniemi et al. 2019: real [L,C], fake [M,C] -> the share of fakes that lie among the
+    real (precision), and of the real that lie among the fakes (recall): nearer to one of them
+    than its own k-th neighbour."""
+    return share_among(fake, real, k), share_among(real, fake, k)
+
+
+def share_among(points, others, k):
+    """The share of points [M,C] that lie among the others [L,C]."""
+    radius = torch.cdist(others, others).kthvalue(k + 1).values     # (the nearest is itself)
+    return (torch.cdist(points, others) <= radius).any(1).double().mean().item()
 
 
 def diversity(features):
-    """features [L,n,C] of n samples for each of L layouts -> the mean distance between two samples of one layout."""
+    """features [L,n,C] of n samples for each of L layouts -> the mean distance between two
+    samples of one layout."""
     L, n, _ = features.shape
     return (torch.cdist(features, features).sum() / (L * n * (n - 1))).item()
 
 
+def pixel_features(images):
+    """images [B,3,H,W] -> [B,C], so that distances are RMS differences of pixels, from 0 to 1"""
+    return images.flatten(1) / 2 / images[0].numel() ** 0.5
+
+
+def pooled_features(judge, images):
+    """images [B,3,H,W] -> [B,C]: the last map of the judge's encoder, averaged over its places"""
+    return judge.features(images)[-1].mean((2, 3))
+
+
 def toy_edit(caption, i):
-    """A caption in another domain's words, by turns: "..., in daylight" -> "..., at night", and that domain's index."""
-    own = next((d for d in DOMAINS if any(phrase in caption for phrase in PHRASES[d])), DOMAINS[0])
-    target = [d for d in DOMAINS if d != own][i % (len(DOMAINS) - 1)]
-    for phrase in PHRASES[own]:
-        caption = caption.replace(phrase, PHRASES[target][0])
+    """A caption in another domain's words, by turns: "..., in daylight" -> "..., at night", and
+    that domain's index."""
+    own = [d for d in DOMAINS if any(phrase in caption for phrase in PHRASES[d])][:1]
+    others = [d for d in DOMAINS if d not in own]
+    target = others[i % len(others)]
+    phrase = PHRASES[target][0]
+    if not own:
+        return f"{caption}, {phrase}", DOMAINS.index(target)
+    for old in PHRASES[own[0]]:
+        caption = caption.replace(old, phrase)
     return caption, DOMAINS.index(target)
 
 
+def prompt_edit(prompts, caption, i):
+    """The prompts by turns, {caption} filled in, and the index of the prompt."""
+    target = i % len(prompts)
+    return prompts[target].replace("{caption}", caption), target
+
+
 class Clip:
-    """open_clip's image and text features, if the weights are in the Hugging Face cache; they are never downloaded."""
+    """open_clip's image and text features, if the weights are in the Hugging Face cache; they are
+    never downloaded."""
     NAME, REPO = "ViT-B-32", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 
     @classmethod
     def find(cls):
         """-> the path of the weights, or None"""
-        files = [try_to_load_from_cache(cls.REPO, f"open_clip_{f}") for f in ("model.safetensors", "pytorch_model.bin")]
-        return next((file for file in files if isinstance(file, str)), None)
+        for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"):
+            path = try_to_load_from_cache(cls.REPO, name)
+            if isinstance(path, str):
+                return path
+        return None
 
     def __init__(self, device):
         self.net = open_clip.create_model(self.NAME, pretrained=self.find(), device=device).eval()
-        self.tokenize, self.device = open_clip.get_tokenizer(self.NAME), device
+        self.tokenize = open_clip.get_tokenizer(self.NAME)
+        self.device = device
 
-    def image(self, x):
-        """x [B,3,H,W] in [-1,1] -> unit vectors [B,512]"""
-        x = (F.interpolate(x, (224, 224), mode="bicubic", antialias=True).clamp(-1, 1) + 1) / 2
-        mean, std = (x.new_tensor(getattr(open_clip, f"OPENAI_DATASET_{v}"))[:, None, None] for v in ("MEAN", "STD"))
-        return F.normalize(self.net.encode_image((x - mean) / std), dim=1)
+    @torch.no_grad()
+    def encode_images(self, images):
+        """images [B,3,H,W] in [-1,1] -> unit vectors [B,512]"""
+        mean = images.new_tensor(open_clip.OPENAI_DATASET_MEAN)[:, None, None]
+        std = images.new_tensor(open_clip.OPENAI_DATASET_STD)[:, None, None]
+        images = F.interpolate(images, (224, 224), mode="bicubic", antialias=True).clamp(-1, 1)
+        return F.normalize(self.net.encode_image(((images + 1) / 2 - mean) / std), dim=1)
 
-    def similarity(self, prompts):
-        """P prompts -> a function: x [B,3,H,W] -> cosines [B,P]"""
-        with torch.no_grad():
-            text = F.normalize(self.net.encode_text(self.tokenize(prompts).to(self.device)), dim=1)
-        return lambda x: self.image(x) @ text.T
+    @torch.no_grad()
+    def encode_texts(self, texts):
+        """B texts -> unit vectors [B,512]"""
+        return F.normalize(self.net.encode_text(self.tokenize(texts).to(self.device)), dim=1)
+
+    def classify(self, texts, images):
+        """P texts, images [B,3,H,W] -> cosines [B,P]"""
+        return self.encode_images(images) @ self.encode_texts(texts).T
+
+    def score(self, images, prompts):
+        """images [B,3,H,W], B prompts -> the cosine of each image and its prompt [B]"""
+        return (self.encode_images(images) * self.encode_texts(prompts)).sum(1)
+
+
+def draw_samples(model, group, prompts, k, seed, options):
+    """The sample called k of each layout of a group, with these prompts -> [b,3,H,W] in [-1,1]."""
+    labels = torch.stack([item["label"] for item in group])
+    seeds = [image_seed(seed, f"{item['name']}/{k}") for item in group]
+    return from_pixels(generate(model, labels, prompts, seeds, **options), model.device)
+
+
+class Tally:
+    """What `evaluate` has found so far.
+
+    confusion    kind of image -> [N,N]; rows are the true classes
+    features     kind of image -> list of [b,C]
+    spread       for each layout the diversity of its samples in features, and in pixels
+    scores       the cosines of images and their prompts
+    hits         target -> whether the classifier sees it in each image that should show it
+    """
+    KINDS = "generated", "edited", "reconstructed", "real"
+
+    def __init__(self, judge, features, names, targets):
+        self.judge, self.describe, self.names = judge, features, names
+        self.confusion, self.features = {}, {}
+        self.spread, self.scores = [], []
+        self.hits = {target: [] for target in targets}
+        self.layouts = 0
+
+    def add(self, kind, images, label):
+        """images [b,3,H,W] against label [b,H,W]. Outputs of the judge beyond N are passed over."""
+        N = len(self.names)
+        found = self.judge(images)[:, :N].argmax(1)
+        confusion = confusion_matrix(found.cpu(), label, N)
+        self.confusion[kind] = self.confusion.get(kind, 0) + confusion
+        self.features.setdefault(kind, []).append(self.describe(images).double().cpu())
+
+    def add_spread(self, samples):
+        """n batches [b,3,H,W], each with a sample of the same b layouts"""
+        features = torch.stack([self.describe(images) for images in samples], 1)    # [b,n,C]
+        pixels = torch.stack([pixel_features(images) for images in samples], 1)
+        self.spread += [(diversity(features), diversity(pixels))] * len(features)
+
+    def result(self, unjudged):
+        """-> the dict that `evaluate` returns"""
+        result = {"layouts": self.layouts}
+        for kind in self.KINDS:
+            if kind in self.confusion:
+                _, iou = mean_iou(self.confusion[kind])
+                iou[[self.names.index(name) for name in unjudged]] = math.nan
+                result[f"mIoU_{kind}"] = rounded(iou.nanmean().item())
+                result[f"IoU_{kind}"] = dict(zip(self.names, map(rounded, iou.tolist())))
+        real, fake = torch.cat(self.features["real"]), torch.cat(self.features["generated"])
+        result |= compare_features(real, fake)
+        result["diversity"] = mean([features for features, _ in self.spread])
+        result["diversity_pixels"] = mean([pixels for _, pixels in self.spread])
+        result["clip_score"] = mean(self.scores)
+        result["editability"] = mean(sum(self.hits.values(), []))
+        result["editability_of"] = {target: mean(hits) for target, hits in self.hits.items()}
+        return result
+
+
+def compare_features(real, fake):
+    """real [L,C], fake [M,C] -> dict of the distances between them; None: too few to tell"""
+    found = dict(frechet_distance=None, precision=None, recall=None)
+    if len(real) > 1:
+        moments = real.mean(0), torch.cov(real.T), fake.mean(0), torch.cov(fake.T)
+        found["frechet_distance"] = rounded(frechet_distance(*moments))
+    if len(real) > 3:
+        precision, recall = precision_recall(real, fake)
+        found |= dict(precision=rounded(precision), recall=rounded(recall))
+    return found
+
+
+def rounded(value):
+    """For JSON, which has no nan."""
+    return None if math.isnan(value) else round(value, 5)
+
+
+def mean(values):
+    return rounded(sum(values) / len(values)) if values else None
 
 
 @torch.no_grad()
-def evaluate(model, items, judge, classifier=None, edit=toy_edit, targets=DOMAINS, features=None, n=4, diverse=16,
-             seed=0, batch=8, bar=None, **options):
-    """Do images generated from the items' layouts obey them, look like the items' images, obey words, and vary?
+def evaluate(model, items, judge, classifier=None, edit=toy_edit, targets=DOMAINS, features=None,
+             text_score=None, n=4, diverse=None, unjudged=(), seed=0, batch=8, folder=None,
+             bar=None, **options):
+    """Do images generated from the items' layouts obey them, look like the items' images, obey
+    words, and vary?
 
-    items        dicts of image [3,H,W] in [-1,1], label [H,W], caption, name: one image is generated for each
-    judge        an independent segmenter: UperNet with the model's classes (further outputs are passed over)
-    classifier   images [B,3,H,W] in [-1,1] -> scores [B,len(targets)]: do images of edited prompts show their target?
-                 edit(caption, i) -> the i-th layout's edited prompt, and the index of its target. None: left out
-    features     images -> [B,C] for Frechet distance, precision, recall, diversity; None: the judge's last map, pooled
-    n, diverse   n samples (1: none) of each of the first `diverse` layouts (in whole batches) for the diversity
+    items        dicts of image [3,H,W] in [-1,1], label [H,W], caption, name
+    judge        an independent segmenter: UperNet with the model's classes
+    classifier   images [B,3,H,W] in [-1,1] -> scores [B,len(targets)]: do images of edited prompts
+                 show their target? edit(caption, i) -> the i-th layout's edited prompt, and the
+                 index of its target. None: left out
+    features     images -> [B,C] for Frechet distance, precision, recall, diversity; None: the
+                 judge's
+    text_score   images, B prompts -> the cosine of each image and its prompt [B]; None: left out
+    n            samples of each layout; all count
+    diverse      quicker: only the first so many layouts (in whole batches) have n samples, for
+                 the diversity alone; all else is said of one sample of each layout
+    unjudged     names of classes that the judge cannot tell: left out of the mIoU
+    folder       where the generated images and their labels are kept; None: nowhere
     options      of `generate`: steps, cfg, ...
-    -> dict of plain values, ready for JSON (what the judge finds in "reconstructed" images, the autoencoder's, is the most
-    that generated ones can reach); None: cannot be told, as the IoU of a class that is not there
+    -> dict of plain values, ready for JSON ("reconstructed" images are the autoencoder's: the best
+    that generated ones can be); None: cannot be told, as the IoU of a class that is not there
     """
-    N, kinds = len(model.classes.names), ["generated", *["edited"] * bool(classifier), "reconstructed", "real"]
-    features = features or (lambda x: judge.features(x)[-1].mean((2, 3)))
-    confusion, found = {kind: torch.zeros(N, N, dtype=torch.int64) for kind in kinds}, {kind: [] for kind in kinds}
-    hits, spread, count = [], [], 0
+    features = features or partial(pooled_features, judge)
+    targets = list(targets) if classifier else []
+    tally = Tally(judge, features, model.classes.names, targets)
+    options["batch"] = batch
     for group in same_size(items, batch):
-        labels, captions = torch.stack([item["label"] for item in group]), [item["caption"] for item in group]
-
-        def draw(prompts, k):           # the sample called k of each layout -> [b,3,H,W] in [-1,1]
-            seeds = [image_seed(seed, f"{item['name']}/{k}") for item in group]
-            return from_pixels(generate(model, labels, prompts, seeds, batch=batch, **options), model.device)
-
-        images = {"generated": draw(captions, 0)}
-        images["real"] = torch.stack([item["image"] for item in group]).to(model.device)
-        images["reconstructed"] = model.vae.decode(model.vae.encode(images["real"])).clamp(-1, 1)       # the ceiling
+        label = torch.stack([item["label"] for item in group])
+        captions = [item["caption"] for item in group]
+        real = torch.stack([item["image"] for item in group]).to(model.device)
+        tally.add("real", real, label)
+        decoded = model.vae.decode(model.vae.encode(real)).clamp(-1, 1)
+        tally.add("reconstructed", decoded, label)
+        several = n if diverse is None or tally.layouts < diverse else 1
+        samples = [draw_samples(model, group, captions, k, seed, options) for k in range(several)]
+        for images in samples if diverse is None else samples[:1]:
+            tally.add("generated", images, label)
+            if text_score:
+                tally.scores += text_score(images, captions).tolist()
+        if several > 1:
+            tally.add_spread(samples)
+        if folder:
+            keep_samples(folder, group, samples, n)
         if classifier:
-            prompts, wanted = zip(*(edit(caption, count + i) for i, caption in enumerate(captions)))
-            images["edited"] = draw(prompts, "edited")
-            hits += zip(wanted, (classifier(images["edited"]).argmax(1).cpu() == torch.tensor(wanted)).tolist())
-        for kind, x in images.items():
-            confusion[kind] += confusion_matrix(judge(x)[:, :N].argmax(1).cpu(), labels.cpu(), N)
-            found[kind].append(features(x).double().cpu())
-        if n > 1 and count < diverse:
-            samples = [images["generated"]] + [draw(captions, k) for k in range(1, n)]
-            pixels = [x.flatten(1) / 2 / x[0].numel() ** 0.5 for x in samples]      # distance = RMS difference, 0..1
-            spread += [[diversity(torch.stack(v, 1)) for v in ([features(x) for x in samples], pixels)]] * len(group)
-        count += len(group)
-        bar and bar.update(len(group))
-
-    plain = lambda v: None if math.isnan(v) else round(v, 5)
-    mean = lambda values: plain(sum(values) / len(values)) if values else None
-    result = {"layouts": count}
-    for kind in kinds:
-        miou, per_class = mean_iou(confusion[kind])
-        result[f"mIoU_{kind}"] = plain(miou)
-        result[f"IoU_{kind}"] = dict(zip(model.classes.names, map(plain, per_class.tolist())))
-    real, fake = torch.cat(found["real"]), torch.cat(found["generated"])
-    gaussians = [moment for v in (real, fake) for moment in (v.mean(0), torch.cov(v.T))] if count > 1 else None
-    result["frechet_distance"] = plain(frechet_distance(*gaussians)) if gaussians else None
-    result["precision"], result["recall"] = map(plain, precision_recall(real, fake)) if count > 3 else (None, None)
-    result["diversity"], result["diversity_pixels"] = map(mean, zip(*spread)) if spread else (None, None)
-    result["editability"] = mean([hit for _, hit in hits])
-    result["editability_of"] = {t: mean([hit for w, hit in hits if w == i]) for i, t in enumerate(targets) if hits}
-    return result
+            edits = [edit(caption, tally.layouts + i) for i, caption in enumerate(captions)]
+            prompts, wanted = map(list, zip(*edits))
+            images = draw_samples(model, group, prompts, "edited", seed, options)
+            tally.add("edited", images, label)
+            for target, answer in zip(wanted, classifier(images).argmax(1).tolist()):
+                tally.hits[targets[target]].append(answer == target)
+        tally.layouts += len(group)
+        if bar:
+            bar.update(len(group))
+    return tally.result(unjudged)
 
 
-def load_judge(model, args):
-    """--judge, --features and what the base file holds -> judge, and the arguments of `evaluate` that depend on it."""
-    toy, device, targets = model.preset == PRESETS["toy"], model.device, args.prompts or WEATHER
-    parts = load_weights(args.sd or base_file("toy")) if toy and model.classes.key == "toy" else {}
-    if args.judge:                                          # mit-semseg's, in two files, wants normalised images
-        shape = dict(model.preset.segmenter, normalize=len(args.judge) == 2)
-    elif "judge" in parts:
-        shape = JUDGE
-    else:
-        raise InputError("--evaluate needs a segmenter that the training has not seen: name its file(s) with --judge")
-    judge = UperNet(len(model.classes.names) + 1, **shape)
-    judge.decoder.conv_last[1].bias.data.fill_(-1e4)        # classes that the file does not know are never seen
-    load_segmenter(args.judge or parts["judge"], judge, model.classes)
-    clip = Clip(device) if Clip.find() and ("domain" not in parts or args.features == "clip") else None
-    if args.features == "clip" and not clip:
-        raise InputError(f"--features clip: {Clip.REPO} is not in the Hugging Face cache: put it there")
-    options = dict(features=clip.image if args.features == "clip" else None)
-    if "domain" in parts:
-        classifier = Classifier(len(DOMAINS))
-        load_into(classifier, parts["domain"], "domain", device, torch.float32)
-        options |= dict(classifier=classifier.eval())
-    elif clip:
-        options |= dict(classifier=clip.similarity(targets), targets=targets,
-                        edit=lambda caption, i: (targets[i % len(targets)], i % len(targets)))
-    else:
-        note(f"text editability is left out: {Clip.REPO} is not in the Hugging Face cache")
-    return judge.to(device).eval(), options
+def sample_name(name, k, n):
+    """The file name of sample k of n of the item `name`."""
+    return safe_name(name) if n == 1 else f"{safe_name(name)}_{k}"
 
 
-def sample_and_judge(model, args):
-    """--evaluate: a split of --data -> a table, and the JSON."""
-    dataset, load = open_split(model, args, args.split)
-    judge, options = load_judge(model, args)
-    count = min(args.limit or len(dataset), len(dataset))
+def keep_samples(folder, group, samples, n):
+    """Write samples (each [b,3,H,W]) of b layouts, and their labels as ids, beside the figures. A
+    full disk does not stop the evaluation."""
+    try:
+        for k, images in enumerate(samples):
+            for item, pixels in zip(group, to_pixels(images)):
+                name = sample_name(item["name"], k, n)
+                write_png(folder / "images" / f"{name}.png", pixels)
+                write_png(folder / "labels" / f"{name}.png", item["label"].byte().numpy())
+    except OSError as error:
+        note(f"{error}: this image is judged, but not kept")
+
+
+def toy_judges(parts, device):
+    """The parts of the toy's base file -> its judge, and its classifier of DOMAINS."""
+    judge = UperNet(len(class_table("toy").names), **JUDGE)
+    classifier = Classifier(len(DOMAINS))
+    load_into(judge, parts["judge"], "judge")
+    load_into(classifier, parts["domain"], "domain")
+    return judge.to(device).eval(), classifier.to(device).eval()
+
+
+def load_judge(files, preset, classes):
+    """--judge, a segmenter of ours or mit-semseg's two files -> UperNet, and the names of the
+    classes that it cannot tell: an ADE20K segmenter has one output for several of them, or none."""
+    _, meta = read_parts(files[0])
+    ours = meta.get("format") == "aldm-segmenter"
+    if ours and tuple(meta["names"]) != classes.names:
+        raise InputError(f"--judge {files[0]}: knows the {len(meta['names'])} classes of "
+                         f"{meta['dataset']}, not those of {classes.key}")
+    shape = PRESETS[meta["preset"]].segmenter if ours else preset.segmenter
+    judge = UperNet(len(classes.names), **shape)
+    judge.decoder.conv_last[1].bias.data.fill_(-1e4)    # classes that no file has are never seen
+    load_segmenter(files, judge, classes)
+    unjudged = []
+    if len(files) == 2 and classes.names != class_table("ade20k").names:
+        unjudged = [name for name, ade in zip(classes.names, classes.ade)
+                    if ade is None or classes.ade.count(ade) > 1]
+        note(f"--judge: knows ADE20K's classes, and so cannot tell {', '.join(unjudged)}: these "
+             "are left out of the mIoU (a segmenter that train.py has trained knows them)")
+    return judge.eval(), unjudged
+
+
+def choose_judges(args, preset, classes):
+    """--judge, --features, --prompts, and what there is on this machine -> those arguments of
+    `evaluate` that judge, by name."""
+    chosen = {}
+    if preset == PRESETS["toy"] and classes.names == class_table("toy").names:
+        parts = load_weights(args.sd or base_file("toy"))
+        chosen["judge"], chosen["classifier"] = toy_judges(parts, args.device)
+    if args.judge:
+        judge, chosen["unjudged"] = load_judge(args.judge, preset, classes)
+        chosen["judge"] = judge.to(args.device)
+    if not chosen:
+        raise InputError("--evaluate needs a segmenter that the training has not seen: name its "
+                         "file, or files, with --judge")
+    by_prompts = args.prompts or "classifier" not in chosen
+    if not Clip.find():
+        missing = f"{Clip.REPO} is not in the Hugging Face cache"
+        if args.features == "clip":
+            raise InputError(f"--features clip: {missing}")
+        if by_prompts:
+            note(f"the editability by prompts is left out: {missing}")
+        return chosen
+    clip = Clip(args.device)
+    chosen["text_score"] = clip.score
+    if args.features == "clip":
+        chosen["features"] = clip.encode_images
+    if by_prompts:
+        prompts = args.prompts or WEATHER
+        targets = [prompt.replace("{caption}", "").strip(" ,") or prompt for prompt in prompts]
+        chosen |= dict(classifier=partial(clip.classify, targets), targets=targets,
+                       edit=partial(prompt_edit, prompts))
+    return chosen
+
+
+def plan_evaluation(args, preset, classes):
+    """--evaluate -> the items to judge (an iterator) and their number, the judges, and the file of
+    the figures: all that can be refused before the work."""
+    dataset, load = open_split(args, preset, classes, args.split)
+    names = dataset.names[:args.limit]
+    out = Path(args.out)
+    path = Path(args.json or out / "evaluation.json")
+    make_folder(out / "labels")
+    check_target(path)
+    ours = {f"{sample_name(name, k, args.n)}.png" for name in names for k in range(args.n)}
+    others = sorted({file.name for file in make_folder(out / "images").glob("*.png")} - ours)
+    if others:
+        raise InputError(f"--out {out}: has {len(others)} other images, such as {others[0]}: "
+                         "choose another folder")
+    return map(load, range(len(names))), len(names), choose_judges(args, preset, classes), path
+
+
+def sample_and_judge(model, items, count, judges, path, args):
+    """--evaluate: a table, and the same as JSON."""
     settings = {**sampling(args), "n": args.n, "seed": args.seed}
     with tqdm(total=count, unit="layout", dynamic_ncols=True) as bar:
-        result = evaluate(model, map(load, range(count)), judge, bar=bar, **options, **settings)
-    path = Path(args.json or Path(args.out) / "evaluation.json")
-    make_folder(path.parent)
-    about = dict(adapter=str(args.ckpt), data=args.data or model.classes.key, split=args.split, features=args.features)
+        result = evaluate(model, items, **judges, **settings, folder=Path(args.out), bar=bar)
+    show(result)        # before it is written, as the disk may be full
+    about = dict(adapter=str(args.ckpt), data=args.data or model.classes.key, split=args.split,
+                 features=args.features)
     write_text(path, json.dumps({**result, **settings, **about}, indent=1))
-    show(result)
-    print(f"written to {path}")
+    print(f"written to {path}; the images are in {args.out}")
 
 
 def show(result):
     """The table of --evaluate: a row per class that is there, a column per kind of image."""
-    kinds = [kind for kind in ("generated", "edited", "reconstructed", "real") if f"mIoU_{kind}" in result]
+    kinds = [kind for kind in Tally.KINDS if f"mIoU_{kind}" in result]
     rows = {"mIoU": [result[f"mIoU_{kind}"] for kind in kinds]}
-    rows |= {f"  {c}": [result[f"IoU_{kind}"][c] for kind in kinds] for c in result["IoU_real"]}
-    rows |= {name.replace("_", " "): [result[name]] for name in
-             ("frechet_distance", "precision", "recall", "diversity", "diversity_pixels", "editability")}
-    rows |= {f"  {target}": [share] for target, share in result["editability_of"].items()}
+    for name in result["IoU_real"]:
+        rows[f"  {name}"] = [result[f"IoU_{kind}"][name] for kind in kinds]
+    for name in ("frechet_distance", "precision", "recall", "diversity", "diversity_pixels",
+                 "clip_score", "editability"):
+        rows[name.replace("_", " ")] = [result[name]]
+    for target, share in result["editability_of"].items():
+        rows[f"  {target}"] = [share]
     print(f"{result['layouts']} layouts".ljust(20) + "".join(kind.rjust(14) for kind in kinds))
     for name, values in rows.items():
-        if any(v is not None for v in values):
-            print(name.ljust(20) + "".join(("-" if v is None else f"{v:.3f}").rjust(14) for v in values))
+        if values != [None] * len(values):
+            cells = ["-" if value is None else f"{value:.3f}" for value in values]
+            print(name.ljust(20) + "".join(cell.rjust(14) for cell in cells))
 
 
-# -- how fast ---------------------------------------------------------------------------------------------------------
+# -- how fast -------------------------------------------------------------------------------------
 
 
 def bench(model, args):
-    """--bench: seconds per image and per DDIM step (median), and FLOP/s by PyTorch's count of the operations."""
-    side, cuda, stamps = args.size or model.preset.size, model.device.type == "cuda", []
+    """--bench: seconds, TFLOP and memory of sampling."""
+    side = args.size or model.preset.size
     label = torch.full((args.batch, side, side), IGNORE)
-
-    def run(steps):
-        """-> the seconds it takes; `stamps` are the times at which steps ended"""
-        def stamp(*_):
-            cuda and torch.cuda.synchronize()
-            stamps.append(time.perf_counter())
-        stamps.clear()
-        began = time.perf_counter()
-        options = {**sampling(args), "steps": steps, "on_step": stamp}
-        generate(model, label, [args.prompt] * args.batch, range(args.batch), **options)
-        return time.perf_counter() - began
-
-    flops = []
-    for steps in (1, 2):                                            # (this warms up, too)
-        with FlopCounterMode(display=False) as counter:
-            run(steps)
-        flops.append(counter.get_total_flops())
-    run(2)
-    total, per_step = run(args.steps), flops[1] - flops[0]          # the rest: text, layout, decoder
-    work = flops[0] + (args.steps - 1) * per_step
-    step = statistics.median(np.diff(stamps)) if args.steps > 1 else math.nan
-    device = torch.cuda.get_device_name(model.device) if cuda else f"{cpu_name()}, {torch.get_num_threads()} threads"
-    print(f"{device}: {side} x {side} pixels, batch {args.batch}, {args.steps} steps, guidance {args.cfg}")
-    for what, seconds, count, n in (("image", total, work, args.batch), ("step", step, per_step, 1)):
-        print(f"{seconds / n:.4g} s per {what}, {count / n / 1e9:.4g} GFLOP, {count / seconds / 1e9:.0f} GFLOP/s")
+    sample = partial(generate, model, label, [args.prompt] * args.batch, range(args.batch),
+                     **sampling(args))
+    flops, seconds, peak = measure(sample, model.device, repeat=1)
+    tflop, seconds = flops / args.batch / 1e12, seconds / args.batch
+    print(f"{device_name(model.device)}: {side} x {side} pixels, batch {args.batch}, "
+          f"{args.steps} steps, guidance {args.cfg:g}")
+    print(f"{seconds:.4g} s per image, {tflop:.4g} TFLOP, {tflop / seconds:.3g} TFLOP/s, "
+          f"{peak:.2f} GiB peak")
 
 
-def cpu_name():
-    lines = open("/proc/cpuinfo").read().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+def measure(run, device, repeat):
+    """-> FLOP by PyTorch's count, median seconds, peak memory in GiB (on a CPU the process's) of
+    run(), after one run to warm up."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        run()
+        if cuda:
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if cuda:
+        peak = torch.cuda.max_memory_allocated(device)
+    return counter.get_total_flops(), sorted(seconds)[repeat // 2], peak / 2 ** 30
 
 
-# -- the page to paint layouts on -------------------------------------------------------------------------------------
-
-PAGE = Path(__file__).parent / "assets" / "paint.html"
-BODY = 4 * 2**20                # bytes that a request may have; a painted layout of 512 x 1024 takes a small part of it
-PREVIEWS = 6                    # estimates that are decoded on the way: on a CPU the decoder takes as long as a step
-HEADERS = {"Content-Security-Policy": "default-src 'self' 'unsafe-inline' data:; base-uri 'none'; form-action 'none'; "
-           "frame-ancestors 'none'", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
 
 
-def generate_steps(model, label, prompt, negative, seed, steps, cfg, on_step):
-    """label [H,W] -> uint8 [H,W,3]. on_step(i, the image of x0_hat, or None) is called after each step."""
-    shown = {steps * k // PREVIEWS for k in range(PREVIEWS)}
+# -- the page to paint layouts on -----------------------------------------------------------------
 
-    def step(i, x0_hat):
-        on_step(i, to_pixels(model.vae.decode(x0_hat.float()))[0] if i in shown else None)
-    return generate(model, label[None], [prompt], [seed], negative, steps, cfg, on_step=step)[0]
+PAGE = ASSETS / "paint.html"
+BODY = 4 * 2 ** 20      # bytes of a request at most; a painted 512 x 1024 takes a small part of it
+PREVIEWS = 6            # estimates decoded on the way: on a CPU that takes as long as a step
+HEADERS = {"Content-Security-Policy": "default-src 'self' 'unsafe-inline' data:; base-uri 'none'; "
+                                      "form-action 'none'; frame-ancestors 'none'",
+           "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Connection": "close"}
 
 
-def read_request(raw, model, size):
-    """A request's body -> label [H,W] brought to `size`, its own (w, h), the other arguments of generate_steps."""
+def get_text(given, key):
+    """given[key], a text of at most 2000 characters; "" if it is not there."""
+    value = given.get(key, "")
+    if not isinstance(value, str) or len(value) > 2000 or re.search("[\ud800-\udfff]", value):
+        raise InputError(f"{key} must be a text of at most 2000 characters, "
+                         f"not {json.dumps(value):.60}")
+    return value
+
+
+def get_number(given, key, low, high, kinds=(int,)):
+    """given[key], a number of one of these kinds in [low, high]."""
+    value = given.get(key)
+    if type(value) not in kinds or not low <= value <= high:
+        what = "whole number" if kinds == (int,) else "number"
+        raise InputError(f"{key} must be a {what} from {low} to {high}, "
+                         f"not {json.dumps(value):.60}")
+    return value
+
+
+def read_request(raw, classes):
+    """The body of a request -> its layout [H,W], and the object with the other fields."""
     try:
         given = dict(json.loads(raw))
-    except (ValueError, TypeError, RecursionError):
-        raise InputError("the request is not a JSON object") from None
-    args, T = {}, len(model.schedule.alphas_cumprod)
-    text = lambda v: type(v) is str and not re.search("[\ud800-\udfff]|.{2001}", v, re.S)    # (no halves of characters)
-    for key, default, good, wanted in (
-            ("prompt", "", text, "a text of at most 2000 characters"),
-            ("negative", "", text, "a text of at most 2000 characters"),
-            ("seed", 0, lambda v: type(v) is int and 0 <= v < 2**32, "a whole number from 0 to 4294967295"),
-            ("steps", 25, lambda v: type(v) is int and 1 <= v <= T, f"a whole number from 1 to {T}"),
-            ("cfg", None, lambda v: type(v) in (int, float) and 0 <= v <= 50, "a number from 0 to 50")):
-        args[key] = given.get(key, default)
-        if key in given and not good(args[key]):
-            raise InputError(f"{key} must be {wanted}, not {json.dumps(args[key]):.60}")
-    try:
         png = base64.b64decode(given.get("layout"), validate=True)
-    except (TypeError, ValueError):
-        raise InputError("layout must be a PNG in base64") from None
-    with tempfile.TemporaryDirectory() as folder:        # read_layout takes files; their names tell kinds of ids
-        path = Path(folder) / f"layout_{re.search('labelTrainIds|labelIds|$', str(given.get('name')))[0]}.png"
-        path.write_bytes(png)
-        try:
-            label = read_layout(path, model.classes)
-        except InputError as error:
-            raise InputError(str(error).replace(str(path), "the layout")) from None
-    resized = F.interpolate(label[None, None].float(), size, mode="nearest-exact")[0, 0].long()
-    return resized, label.shape[::-1], args
+    except (ValueError, TypeError, RecursionError):
+        raise InputError("the request is no JSON object with a layout, a PNG in base64") from None
+    # read_layout takes files, and their names tell the kinds of ids
+    kind = re.search("labelTrainIds|labelIds|$", str(given.get("name")))[0]
+    try:
+        with tempfile.NamedTemporaryFile(suffix=f"_{kind}.png") as file:
+            file.write(png)
+            file.flush()
+            return read_layout(file.name, classes), given
+    except InputError as error:
+        raise InputError(str(error).replace(file.name, "the layout")) from None
+    except OSError as error:
+        raise InputError(f"there is no room for the layout: {error.strerror}") from None
 
 
 def encode(array):
     """uint8 [H,W,3] -> a PNG, uint8 [H,W] -> one byte per pixel; both in base64."""
+    if array.ndim == 2:
+        return base64.b64encode(array.tobytes()).decode()
     file = io.BytesIO()
-    Image.fromarray(array).save(file, "PNG") if array.ndim == 3 else file.write(array.tobytes())
+    Image.fromarray(array).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 
-def painter(model, port=8000, examples=(), prompts=(), steps=25, cfg=2.0):
-    """The page's server, for this machine only. examples: labels [H,W] of one size that suits the model, whose classes
-    are offered first; without any, the canvas is the preset's square."""
-    examples = [np.asarray(label, np.uint8) for label in examples]
-    size = examples[0].shape if examples else (model.preset.size,) * 2
-    palette = np.asarray(model.classes.palette).tolist()
-    usual = set(np.unique(examples).tolist()) if examples else set(range(12))
-    classes = [dict(id=i, name=name, color=color, common=i in usual, twin=palette.index(color) < i)      # read as another
-               for i, (name, color) in enumerate(zip(model.classes.names, palette))]
-    if [0, 0, 0] not in palette:
-        classes.append(dict(id=IGNORE, name="void", color=[0, 0, 0], common=IGNORE in usual, twin=False))
-    world = dict(classes=classes, examples=[encode(label) for label in examples], height=size[0], width=size[1],
-                 prompts=list(prompts), steps=steps, cfg=cfg, limit=BODY, max_steps=len(model.schedule.alphas_cumprod))
-    queue, turn = [], threading.Condition()              # those who wait for the model, first come first served
+class PageServer(ThreadingHTTPServer):
+    """model, lock (of whoever uses the model), page (what assets/paint.html must know)"""
 
-    class Handler(BaseHTTPRequestHandler):
-        timeout = 30                                     # seconds without a byte from a client, or to one
-        log_message = lambda self, *args: None
+    def handle_error(self, request, client_address):
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):          # an OSError: the client has gone
+            note(f"a request failed: {error!r}")
 
-        def answer(self, code, body=None, kind="application/json"):
-            body = json.dumps(body).encode() if isinstance(body, dict) else body
-            self.send_response(code)
-            for name, value in {"Content-Type": kind, "Connection": "close", **HEADERS}.items():
-                self.send_header(name, value)
-            if body is not None:                         # otherwise lines follow, up to the connection's end
-                self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body or b"")
 
-        def foreign(self):
-            """Pages of other sites get nothing, neither by their own name nor by a name of theirs that points here."""
-            hosts = [f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")]
-            if self.headers["Host"] in hosts and self.headers["Origin"] in (None, *(f"http://{h}" for h in hosts)):
-                return False
-            self.answer(403, {"error": f"only for http://{hosts[0]} (a forwarded port must keep its number)"})
-            return True
+class PageHandler(BaseHTTPRequestHandler):
+    """GET / is the page; POST /layout reads a layout's file; POST /generate streams lines of JSON,
+    one for each step, and the image."""
+    timeout = 30        # seconds without a byte from a client, or to one
 
-        def do_GET(self):
-            if not self.foreign():
-                text = json.dumps(world).replace("<", "\\u003c")              # a class's name cannot end the script
-                page = PAGE.read_text("utf-8").replace("__WORLD__", text).encode()
-                self.answer(200, page, "text/html; charset=utf-8") if self.path == "/" else self.answer(404, b"")
+    def log_message(self, *args):
+        pass
 
-        def do_POST(self):
-            if not re.fullmatch("[0-9]{1,12}", self.headers["Content-Length"] or ""):
-                return self.answer(400, {"error": "a request needs its Content-Length"})
-            if (left := int(self.headers["Content-Length"])) > BODY:
-                self.answer(413, {"error": f"the request has {left} bytes; at most {BODY} are taken"})
-                while left > 0 and (got := len(self.rfile.read(min(left, 2**16)))):
-                    left -= got                          # most clients read the answer only when they have sent it all
-                return
-            raw = self.rfile.read(left)
-            if self.foreign():
-                return
-            try:
-                label, own_size, args = read_request(raw, model, size)
-            except InputError as error:
-                return self.answer(400, {"error": str(error)})
+    def answer(self, code, body=b"", kind="application/json"):
+        """body: bytes, or a dict. The connection's end is its end: more may follow."""
+        self.send_response(code)
+        for name, value in {"Content-Type": kind, **HEADERS}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode() if isinstance(body, dict) else body)
+
+    def is_foreign(self):
+        """Pages of other sites get nothing, neither by their own name nor by one of theirs that
+        points here -> whether this is one, and has been told."""
+        port = self.server.server_port
+        hosts = f"127.0.0.1:{port}", f"localhost:{port}"
+        origins = None, f"http://{hosts[0]}", f"http://{hosts[1]}"
+        if self.headers["Host"] in hosts and self.headers["Origin"] in origins:
+            return False
+        self.answer(403, {"error": f"only for {origins[1]} (a forwarded port keeps its number)"})
+        return True
+
+    def do_GET(self):
+        if self.is_foreign():
+            return
+        if self.path != "/":
+            return self.answer(404)
+        text = json.dumps(self.server.page).replace("<", "\\u003c")     # no name ends the script
+        page = PAGE.read_text("utf-8").replace("__WORLD__", text)
+        self.answer(200, page.encode(), "text/html; charset=utf-8")
+
+    def do_POST(self):
+        length = self.headers["Content-Length"] or ""
+        if not re.fullmatch("[0-9]{1,12}", length):
+            return self.answer(400, {"error": "a request needs its Content-Length"})
+        left = int(length)
+        if left > BODY:
+            self.answer(413, {"error": f"the request has {left} bytes; at most {BODY} are taken"})
+            # most clients read the answer only when they have sent it all
+            while left > 0 and (got := len(self.rfile.read(min(left, 2 ** 16)))):
+                left -= got
+            return
+        raw = self.rfile.read(left)
+        if self.is_foreign():
+            return
+        page = self.server.page
+        try:
+            label, given = read_request(raw, self.server.model.classes)
+            size = label.shape[::-1]
+            label = F.interpolate(label[None, None].float(), (page["height"], page["width"]),
+                                  mode="nearest-exact")[0, 0].long()
             if self.path == "/layout":
-                return self.answer(200, {"layout": encode(label.byte().numpy()), "size": own_size})
-            if self.path != "/generate":
-                return self.answer(404, {"error": "there are /layout and /generate"})
-            with contextlib.suppress(OSError):           # the client went away: a send fails and ends it
-                self.answer(200, kind="application/x-ndjson")
-                self.generate(label, args)
+                return self.answer(200, {"layout": encode(label.byte().numpy()), "size": size})
+            words = dict(prompt=get_text(given, "prompt"), negative=get_text(given, "negative"),
+                         seed=get_number(given, "seed", 0, 2 ** 32 - 1),
+                         steps=get_number(given, "steps", 1, page["max_steps"]),
+                         cfg=get_number(given, "cfg", 0, 50, (int, float)))
+        except InputError as error:
+            return self.answer(400, {"error": str(error)})
+        if self.path != "/generate":
+            return self.answer(404, {"error": "there are /layout and /generate"})
+        self.answer(200, kind="application/x-ndjson")
+        if self.server.lock.locked():
+            self.send(waiting=True)
+        with self.server.lock:
+            self.generate(label, words)
 
-        def generate(self, label, args):
-            def send(image=None, **line):
-                line |= {} if image is None else {"image": encode(image)}
-                self.wfile.write(json.dumps(line).encode() + b"\n")
+    def send(self, **line):
+        self.wfile.write(json.dumps(line).encode() + b"\n")
 
-            me = object()
-            queue.append(me)
-            try:
-                ready = False
-                while not ready:
-                    send(queued=queue.index(me))
-                    with turn:
-                        ready = turn.wait_for(lambda: queue[0] is me, timeout=1)
-                start = time.time()
-                if cut := model.text.cut(args["prompt"]):
-                    send(note=f"the prompt is too long: the model does not see its end, {cut!r:.200}")
-                image = generate_steps(model, label, **args, on_step=lambda i, x: send(x, step=i + 1, of=args["steps"]))
-                send(image, done=True, seconds=time.time() - start)
-            except OSError:
-                raise
-            except Exception as error:                   # the card's memory is full, ...: the server lives on
-                print(f"the generation failed: {error!r}", file=sys.stderr)
-                send(error=f"the generation failed: {' '.join(str(error).split()):.300}")
-            finally:
-                with turn:
-                    queue.remove(me)
-                    turn.notify_all()
+    def generate(self, label, words):
+        """Send what becomes of label [H,W]: a line for each step, some with its estimate."""
+        model, steps, start = self.server.model, words["steps"], time.time()
+        shown = {steps * k // PREVIEWS for k in range(PREVIEWS)}
+        cut = model.text.cut(words["prompt"])
+        if cut:
+            self.send(note=f"the prompt is too long: the model does not see its end, {cut:.200}")
 
-    return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        def send_step(i, x0_hat):
+            line = dict(step=i + 1, of=steps)
+            if i in shown:
+                line["image"] = encode(to_pixels(model.vae.decode(x0_hat.float()))[0])
+            self.send(**line)
+        try:
+            image = generate(model, label[None], [words["prompt"]], [words["seed"]],
+                             words["negative"], steps, words["cfg"], on_step=send_step)[0]
+        except OSError:
+            raise
+        except Exception as error:          # the card's memory is full, ...: the server lives on
+            return self.send(error=f"the generation failed: {' '.join(str(error).split()):.300}")
+        self.send(image=encode(image), done=True, seconds=time.time() - start)
 
 
-def serve(model, port=8000, **options):
-    """Serve the page until Ctrl+C; the options are `painter`'s."""
+def painter(model, port=8000, examples=(), prompts=(), steps=25, cfg=2.0):
+    """The page's server, for this machine only. examples: labels [H,W] of one size, whose classes
+    are offered first; without any, the canvas is the preset's square."""
+    height, width = examples[0].shape if examples else (model.preset.size,) * 2
+    server = PageServer(("127.0.0.1", port), PageHandler)
+    server.model, server.lock = model, threading.Lock()
+    server.page = dict(names=model.classes.names, palette=model.classes.palette.tolist(),
+                       examples=[encode(label) for label in examples], height=height, width=width,
+                       prompts=prompts, steps=steps, cfg=cfg, limit=BODY,
+                       max_steps=len(model.schedule.alphas_cumprod))
+    return server
+
+
+def serve(model, args):
+    """--serve: the page, until Ctrl+C."""
+    examples = []
+    if model.preset == PRESETS["toy"]:
+        examples = [toy_scene(10_000_001 + i)[1] for i in range(12)]
+    prompts = ("a street with a red car and trees, on a clear day", "a street at night",
+               "a street in snow", "a street in fog", "a street in rain")
     try:
-        server = painter(model, port, **options)
-    except (OSError, OverflowError) as error:
-        raise InputError(f"port {port}: {error}; choose another with --port") from None
+        server = painter(model, args.port, examples, prompts, args.steps, args.cfg)
+    except OSError as error:
+        raise InputError(f"port {args.port}: {error.strerror}: choose another --port") from None
     print(f"paint a layout at http://127.0.0.1:{server.server_port} (Ctrl+C ends)", flush=True)
-    with server, contextlib.suppress(KeyboardInterrupt):
+    with server:
         server.serve_forever()
 
 
-# -- the command line -------------------------------------------------------------------------------------------------
+# -- the command line -----------------------------------------------------------------------------
 
 
 def number(low, high=math.inf, kind=float, exclusive=False):
     """An argparse type: a finite number of `kind` in [low, high], or in (low, high]."""
+    wanted = "a whole number" if kind is int else "a number"
+    wanted += f" above {low}" if exclusive else f" from {low}"
+    if high < math.inf:
+        wanted += f" to {high}"
+
     def parse(text):
-        value = kind(text)
-        if not low <= value <= high or value == math.inf or exclusive and value == low:     # (nan fails the first)
-            raise ValueError
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        too_low = value <= low if exclusive else value < low
+        if too_low or not value <= high or value == math.inf:       # nan fails the second
+            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text!r}")
         return value
-    parse.__name__ = f"{'whole ' if kind is int else ''}number {'above' if exclusive else 'from'} {low}" + \
-        (f" to {high}" if high < math.inf else "")
     return parse
+
+
+def utf8(text):
+    """An argparse type: a text that can be written to files."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"is not UTF-8: {text!r}") from None
+    return text
 
 
 def shard(text):
     """An argparse type: "i/n" with 0 <= i < n -> i, n"""
-    i, n = map(int, text.split("/"))
-    if not 0 <= i < n:
-        raise ValueError
-    return i, n
-
-
-shard.__name__ = "shard i/n, 0 <= i < n,"
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise argparse.ArgumentTypeError(f"must be a shard i/n with 0 <= i < n, not {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, whole = p.add_argument, lambda low, high=math.inf: number(low, high, int)
-    add("--layout", metavar="FILE", help="a label map: ids or colours, PNG")
-    add("--prompt", default="", help="what to paint; may be empty")
-    add("--negative", default="", help="what guidance leads away from")
-    add("--ckpt", "--adapter", default=ADAPTER, help="an adapter, or a run's folder (default: the toy's)")
-    add("--sd", metavar="FILE", help="Stable Diffusion 1.x, one file (default: downloaded; toy: in assets/)")
-    add("--preset", choices=list(PRESETS), help="refuse a checkpoint of another one")
-    add("--data", help="toy (or toy:night, ...), cityscapes, ade20k, coco or a folder (default: the checkpoint's)")
-    add("--root", metavar="DIR", help="where the files of --data are")
-    add("--out", metavar="DIR", default="samples", help="folder of the results (default: %(default)s)")
-    add("--n", type=whole(1), help="images per layout, seeds: seed, seed + 1, ... (default: 1; --evaluate: 4)")
-    add("--steps", type=whole(1, 1000), default=25, help="DDIM steps (default: %(default)s)")
-    add("--cfg", type=number(0), help="guidance scale, 1 for none (default: " +
-        ", ".join(f"{name} {value:g}" for name, value in GUIDANCE.items()) + ")")
-    add("--eta", type=number(0, 1), default=0.0, help="0: deterministic, 1: as noisy as DDPM (default: %(default)s)")
-    add("--seed", type=whole(0, 2 ** 32), default=0, help="(default: %(default)s)")
-    add("--size", type=whole(0), help="shorter side in pixels; 0: the layout's (default: at most the training size)")
-    add("--batch", type=whole(1), default=8, help="images at a time (default: %(default)s)")
-    add("--device", help="cpu or cuda (default: cuda if there)")
-    add("--layouts", metavar="DIR|SPLIT", help="make a data set from the layouts in a folder or of a split of --data")
-    add("--prompts", nargs="+", help="one or more for each of --layouts; {caption}: its own (default: {caption})")
-    add("--shard", type=shard, default=(0, 1), metavar="i/n", help="each n-th layout from the i-th on: for n processes")
-    add("--limit", type=whole(1), help="only the first so many layouts")
-    add("--evaluate", action="store_true", help="measure quality on --split of --data")
-    add("--split", default="val", help="(default: %(default)s)")
-    add("--judge", nargs="+", metavar="FILE", help="segmenter that judges: ours, or mit-semseg's encoder and decoder")
-    add("--features", choices=["judge", "clip"], default="judge", help="of Frechet distance ... (default: %(default)s)")
-    add("--json", metavar="FILE", help="where the figures go (default: evaluation.json in --out)")
-    add("--bench", action="store_true", help="measure speed")
-    add("--serve", action="store_true", help="a page on localhost to paint layouts on")
-    add("--port", type=whole(0, 65535), default=8000, help="of --serve (default: %(default)s)")
-
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = refuse
-    args = p.parse_args(argv)
-    if not (args.layout or args.layouts or args.evaluate or args.bench or args.serve):
-        raise InputError("nothing to do: give --layout FILE, --layouts DIR|SPLIT, --evaluate, --bench or --serve")
-    args.device = pick_device(args.device)
-    if args.device == "cpu":
-        keep_memory()
-    args.n = args.n or (4 if args.evaluate else 1)
-    args.prompts = args.prompts or (["{caption}"] if args.layouts else None)
-    return args
+    mode = p.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--layout", metavar="FILE", help="a label map: ids or colours, PNG")
+    mode.add_argument("--layouts", metavar="DIR|SPLIT", help="make a data set from the layouts in "
+                      "a folder, or of a split of --data")
+    mode.add_argument("--evaluate", action="store_true", help="how good is --split of --data?")
+    mode.add_argument("--serve", action="store_true", help="a page to paint layouts on")
+    mode.add_argument("--bench", action="store_true", help="how fast is sampling?")
+    add = p.add_argument
+    add("--prompt", type=utf8, default="", help="what to paint; may be empty")
+    add("--negative", type=utf8, default="", help="what guidance leads away from")
+    add("--prompts", type=utf8, nargs="+", help="of --layouts: one or more for each; {caption} "
+        "is its own (default: {caption}). Of --evaluate: what edited prompts ask for")
+    add("--ckpt", "--adapter", default=ADAPTER, help="an adapter, or a run's folder")
+    add("--sd", metavar="FILE", help="Stable Diffusion 1.x (default: downloaded; toy: in assets/)")
+    add("--preset", choices=list(PRESETS), help="refuse an adapter of another one")
+    add("--class-embeddings", metavar="FILE", help="what an official adapter was trained with")
+    add("--data", help="toy (or toy:night, ...), cityscapes, ade20k, coco or a folder (default: "
+        "the adapter's)")
+    add("--root", metavar="DIR", help="where the files of --data are")
+    add("--split", default="val", help="of --evaluate (default: %(default)s)")
+    add("--limit", type=number(1, kind=int), help="only the first so many layouts")
+    add("--shard", type=shard, default=(0, 1), metavar="i/n", help="each n-th layout from the i-th "
+        "on: for n processes")
+    add("--out", metavar="DIR", default="samples", help="(default: %(default)s)")
+    add("--json", metavar="FILE", help="of --evaluate (default: evaluation.json in --out)")
+    add("--n", type=number(1, kind=int), help="images per layout (default: 1; --evaluate: 2)")
+    add("--seed", type=number(0, 2 ** 32, int), default=0, help="(default: %(default)s)")
+    add("--steps", type=number(1, 1000, int), default=25, help="of DDIM (default: %(default)s)")
+    add("--cfg", type=number(0), help="guidance scale, 1 for none (default: "
+        + ", ".join(f"{name} {scale:g}" for name, scale in GUIDANCE.items()) + ")")
+    add("--eta", type=number(0, 1), default=0.0, help="0: deterministic, 1: as noisy as DDPM")
+    add("--size", type=number(0, kind=int), help="shorter side in pixels; 0: the layout's "
+        "(default: at most the training size)")
+    add("--batch", type=number(1, kind=int), default=8, help="(default: %(default)s)")
+    add("--judge", nargs="+", metavar="FILE", help="segmenter that judges: one of train.py's, or "
+        "mit-semseg's encoder and decoder")
+    add("--features", choices=["judge", "clip"], default="judge", help="of the Frechet distance")
+    add("--port", type=number(0, 65535, int), default=8000, help="of --serve")
+    add("--device", help="cpu or cuda (default: cuda if there is one)")
+    return p.parse_args(argv)
+
+
+def check_args(args, meta, parts, classes):
+    """Raises InputError for flags that do not go with the adapter; sets the defaults that depend
+    on it."""
+    if args.preset not in (None, meta["preset"]):
+        raise InputError(f"{args.ckpt}: is of the {meta['preset']} preset, not --preset "
+                         f"{args.preset}")
+    if args.root and classes.key == "toy":
+        raise InputError("--root: the toy has no files")
+    embeds = meta["adapter"] in ("controlnet", "oft") and meta["hint"] == "classes"
+    if args.class_embeddings and not embeds:
+        raise InputError(f"--class-embeddings: the hint of {args.ckpt} has none")
+    if embeds and "layout" not in parts and not args.class_embeddings:
+        note(f"{args.ckpt}: has no class embeddings: the text encoder's serve, which differ from "
+             "the official ones (Cityscapes: in road, sidewalk, wall and sky): give the file that "
+             "it was trained with as --class-embeddings")
+    if args.n is None:
+        args.n = 2 if args.evaluate else 1
+    if args.layouts and not args.prompts:
+        args.prompts = ["{caption}"]
+    if args.cfg is None:
+        args.cfg = GUIDANCE[meta["preset"]]
 
 
 def run(args):
-    meta, _ = read_adapter(args.ckpt)
-    if args.preset not in (None, meta["preset"]):
-        raise InputError(f"{args.ckpt}: is of the {meta['preset']} preset, not of --preset {args.preset}")
+    """Everything that can be refused is, before the large files are read."""
+    args.device = pick_device(args.device)
+    meta, parts = read_adapter(args.ckpt)
     classes = classes_of(meta, args.ckpt, args.data)
-    layout = read_layout(args.layout, classes) if args.layout else None     # quick to check, so before the large files
-    args.cfg = GUIDANCE[meta["preset"]] if args.cfg is None else args.cfg
-    model = load_model(args.ckpt, args.sd, args.device, classes)
+    check_args(args, meta, parts, classes)
+    preset = PRESETS[meta["preset"]]
+    if args.layout:
+        label = read_layout(args.layout, classes)
+        work = sample_layout, resize_layout(label, preset, args.size, args.layout)
+        make_folder(args.out)
+    elif args.layouts:
+        work = sample_dataset, *plan_dataset(args, preset, classes)
+    elif args.evaluate:
+        work = sample_and_judge, *plan_evaluation(args, preset, classes)
+    else:
+        work = (serve if args.serve else bench,)
+    model = build_model(meta, parts, args.ckpt, classes, args.sd, args.device,
+                        embeddings=args.class_embeddings)
     for prompt in dict.fromkeys([args.prompt, args.negative, *(args.prompts or [])]):
         if cut := model.text.cut(prompt):
             note(f"a prompt is longer than the 77 tokens that the model reads; cut off is: {cut}")
-    if args.bench:
-        bench(model, args)
-    elif args.serve:
-        toy = model.preset == PRESETS["toy"]
-        serve(model, args.port, examples=[toy_scene(10_000_001 + i)[1] for i in range(12)] if toy else (),
-              prompts=("a street with a red car and trees, on a clear day", "a street at night", "a street in snow",
-                       "a street in fog", "a street in rain"), steps=args.steps, cfg=args.cfg)
-    elif args.evaluate:
-        sample_and_judge(model, args)
-    elif args.layouts:
-        sample_dataset(model, args)
-    else:
-        sample_layout(model, layout, args)
+    task, *plan = work
+    task(model, *plan, args)
 
 
 def main():
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.stdout.reconfigure(errors="backslashreplace")       # names of files may be no UTF-8
         run(parse_args())
     except InputError as error:
         note(f"sample.py: {error}")
@@ -804,7 +1204,7 @@ def main():
     except torch.OutOfMemoryError:
         note("sample.py: out of GPU memory: choose a smaller --batch or --size")
         raise SystemExit(1)
-    except OSError as error:                                        # such as a full disk: nothing is half-written
+    except OSError as error:                # such as a full disk: nothing is half-written
         note(f"sample.py: {error}")
         raise SystemExit(1)
     except KeyboardInterrupt:

@@ -1,7 +1,8 @@
-"""The KL autoencoder of Stable Diffusion 1.x: images of 512x512 become latents of 64x64x4 and back.
+"""The KL autoencoder of Stable Diffusion 1.x: 512x512 images become latents of 64x64x4 and back.
 
-The paper trains and samples in its latent space, and decodes the denoised estimates with it so that the discriminator
-judges pixels (Sec. 3.1). Attribute names are the checkpoint's key names under `first_stage_model.`.
+The paper trains and samples in its latent space, and decodes the denoised estimates with it so that
+the discriminator judges pixels (Sec. 3.1). Attribute names are the checkpoint's key names under
+`first_stage_model.`.
 """
 from dataclasses import dataclass
 
@@ -13,18 +14,22 @@ from torch import nn
 
 @dataclass(frozen=True)
 class VAEConfig:
-    ch: int             = 128           # channels at full resolution
-    ch_mult: tuple      = (1, 2, 4, 4)  # channels at each halving of the resolution
-    num_res_blocks: int = 2             # per level of the encoder; the decoder has one more
-    z_channels: int     = 4
-    scale: float        = 0.18215       # brings the latents to unit variance
-    groups: int         = 32            # of the group norms
-    patch: int          = 1             # side of the squares of pixels that are folded into channels first
+    """The defaults are Stable Diffusion 1.x."""
+    ch: int = 128  # channels at full resolution
+    ch_mult: tuple = (1, 2, 4, 4)  # channels at each halving of the resolution, in units of ch
+    num_res_blocks: int = 2  # per level of the encoder; the decoder has one more
+    z_channels: int = 4
+    scale: float = 0.18215  # brings the latents to unit variance
+    groups: int = 32  # of the group norms
+    patch: int = 1  # side of the squares of pixels that are folded into channels first
 
     @property
     def factor(self):
         """Pixels per latent cell, along one side."""
         return self.patch * 2 ** (len(self.ch_mult) - 1)
+
+
+# -- layers ----------------------------------------------------------------------------------------
 
 
 def norm(channels, groups):
@@ -40,13 +45,13 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
         self.norm2 = norm(cout, groups)
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
-        if cin != cout:
-            self.nin_shortcut = nn.Conv2d(cin, cout, 1)
+        self.nin_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
+        """x [B,cin,h,w] -> [B,cout,h,w]."""
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, cout, h, w)
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return h + self.nin_shortcut(x)
 
 
 class AttnBlock(nn.Module):
@@ -55,93 +60,140 @@ class AttnBlock(nn.Module):
     def __init__(self, c, groups):
         super().__init__()
         self.norm = norm(c, groups)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+        self.q = nn.Conv2d(c, c, 1)
+        self.k = nn.Conv2d(c, c, 1)
+        self.v = nn.Conv2d(c, c, 1)
+        self.proj_out = nn.Conv2d(c, c, 1)
 
     def forward(self, x):
+        """x [B,c,h,w] -> [B,c,h,w]."""
         h = self.norm(x)
-        q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
+        q = rearrange(self.q(h), "b c h w -> b 1 (h w) c")  # (B, 1, h*w, c): one head
+        k = rearrange(self.k(h), "b c h w -> b 1 (h w) c")
+        v = rearrange(self.v(h), "b c h w -> b 1 (h w) c")
         h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+        h = rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2])  # (B, c, h, w)
+        return x + self.proj_out(h)
 
 
 class Middle(nn.Module):
+    """Attention between two residual blocks, at the lowest resolution."""
+
     def __init__(self, c, groups):
         super().__init__()
-        self.block_1, self.block_2 = ResnetBlock(c, c, groups), ResnetBlock(c, c, groups)
+        self.block_1 = ResnetBlock(c, c, groups)
+        self.block_2 = ResnetBlock(c, c, groups)
         self.attn_1 = AttnBlock(c, groups)
 
     def forward(self, x):
-        return self.block_2(self.attn_1(self.block_1(x)))
+        x = self.block_1(x)
+        x = self.attn_1(x)
+        return self.block_2(x)
 
 
 class Resample(nn.Module):
-    """Halve (stride 2, padded at the right and bottom only) or double (nearest, then a convolution) the resolution."""
+    """Double the resolution (nearest neighbours, then a convolution) or halve it (a strided
+    convolution, padded at the right and bottom only)."""
 
     def __init__(self, c, up):
         super().__init__()
         self.up = up
-        self.conv = nn.Conv2d(c, c, 3, padding=1) if up else nn.Conv2d(c, c, 3, stride=2)
+        if up:
+            self.conv = nn.Conv2d(c, c, 3, padding=1)
+        else:
+            self.conv = nn.Conv2d(c, c, 3, stride=2)
 
     def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0) if self.up else F.pad(x, (0, 1, 0, 1)))
+        if self.up:
+            x = F.interpolate(x, scale_factor=2.0)  # (B, c, 2h, 2w)
+        else:
+            x = F.pad(x, (0, 1, 0, 1))  # (B, c, h+1, w+1)
+        return self.conv(x)
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, then the way to the next one."""
+    """The residual blocks of one resolution, then the way to the next: `resample` is "downsample",
+    "upsample" (also the key name of that layer) or None."""
 
     def __init__(self, cin, cout, blocks, groups, resample=None):
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(cin if i == 0 else cout, cout, groups) for i in range(blocks))
+        self.block = nn.ModuleList()
+        for _ in range(blocks):
+            self.block.append(ResnetBlock(cin, cout, groups))
+            cin = cout
         self.resample = resample
-        if resample:
-            self.add_module(resample, Resample(cout, up=resample == "upsample"))
+        if resample == "downsample":
+            self.downsample = Resample(cout, up=False)
+        elif resample == "upsample":
+            self.upsample = Resample(cout, up=True)
 
     def forward(self, x):
         for block in self.block:
             x = block(x)
-        return getattr(self, self.resample)(x) if self.resample else x
+        if self.resample == "downsample":
+            x = self.downsample(x)  # (B, c, h/2, w/2)
+        elif self.resample == "upsample":
+            x = self.upsample(x)  # (B, c, 2h, 2w)
+        return x
+
+
+# -- the autoencoder -------------------------------------------------------------------------------
 
 
 class Encoder(nn.Module):
+    """Image, folded into channels -> mean and log variance of the latent, in one tensor."""
+
     def __init__(self, cfg):
         super().__init__()
-        ch = [cfg.ch * m for m in cfg.ch_mult]
-        last = len(ch) - 1
-        self.conv_in = nn.Conv2d(3 * cfg.patch ** 2, cfg.ch, 3, padding=1)
-        self.down = nn.ModuleList(Level(ch[i - 1] if i else cfg.ch, c, cfg.num_res_blocks, cfg.groups,
-                                        None if i == last else "downsample") for i, c in enumerate(ch))
-        self.mid = Middle(ch[-1], cfg.groups)
-        self.norm_out = norm(ch[-1], cfg.groups)
-        self.conv_out = nn.Conv2d(ch[-1], 2 * cfg.z_channels, 3, padding=1)
+        c = cfg.ch
+        self.conv_in = nn.Conv2d(3 * cfg.patch ** 2, c, 3, padding=1)
+        self.down = nn.ModuleList()
+        lowest = len(cfg.ch_mult) - 1
+        for i, mult in enumerate(cfg.ch_mult):
+            width = cfg.ch * mult
+            resample = "downsample" if i < lowest else None
+            self.down.append(Level(c, width, cfg.num_res_blocks, cfg.groups, resample))
+            c = width
+        self.mid = Middle(c, cfg.groups)
+        self.norm_out = norm(c, cfg.groups)
+        self.conv_out = nn.Conv2d(c, 2 * cfg.z_channels, 3, padding=1)
 
     def forward(self, x):
+        """x [B,3*patch^2,H/patch,W/patch] -> [B,2z,H/f,W/f]."""
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        x = self.mid(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
+    """Latent -> image, folded into channels."""
+
     def __init__(self, cfg):
         super().__init__()
-        ch = [cfg.ch * m for m in cfg.ch_mult]
-        last = len(ch) - 1
-        self.conv_in = nn.Conv2d(cfg.z_channels, ch[-1], 3, padding=1)
-        self.mid = Middle(ch[-1], cfg.groups)
-        self.up = nn.ModuleList(Level(ch[min(i + 1, last)], c, cfg.num_res_blocks + 1, cfg.groups,
-                                      "upsample" if i else None) for i, c in enumerate(ch))
-        self.norm_out = norm(ch[0], cfg.groups)
-        self.conv_out = nn.Conv2d(ch[0], 3 * cfg.patch ** 2, 3, padding=1)
+        widths = [cfg.ch * mult for mult in cfg.ch_mult]
+        self.conv_in = nn.Conv2d(cfg.z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], cfg.groups)
+        self.up = nn.ModuleList()  # up.0 is the full resolution
+        inputs = widths[1:] + widths[-1:]  # what the level below puts out; the lowest gets mid's
+        for i, width in enumerate(widths):
+            resample = "upsample" if i > 0 else None
+            self.up.append(Level(inputs[i], width, cfg.num_res_blocks + 1, cfg.groups, resample))
+        self.norm_out = norm(widths[0], cfg.groups)
+        self.conv_out = nn.Conv2d(widths[0], 3 * cfg.patch ** 2, 3, padding=1)
 
     def forward(self, z):
-        x = self.mid(self.conv_in(z))
-        for level in reversed(self.up):     # up.0 is the full resolution
+        """z [B,z,H/f,W/f] -> [B,3*patch^2,H/patch,W/patch]."""
+        x = self.conv_in(z)
+        x = self.mid(x)
+        for level in reversed(self.up):
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class VAE(nn.Module):
-    """Stable Diffusion's first stage. Images are [B,3,H,W] in [-1,1]; latents [B,z,H/f,W/f], scaled to unit variance."""
+    """Images [B,3,H,W] in [-1,1] to latents [B,z,H/f,W/f], scaled to unit variance, and back."""
 
     def __init__(self, cfg=VAEConfig()):
         super().__init__()
@@ -152,17 +204,24 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(cfg.z_channels, cfg.z_channels, 1)
 
     def moments(self, image):
-        """image [B,3,H,W] in [-1,1] -> mean, logvar of the (unscaled) latent's Gaussian, each [B,z,H/f,W/f]."""
-        mean, logvar = self.quant_conv(self.encoder(F.pixel_unshuffle(image, self.cfg.patch))).chunk(2, dim=1)
+        """image [B,3,H,W] in [-1,1] -> mean, logvar of the (unscaled) latent's Gaussian, each
+        [B,z,H/f,W/f]."""
+        x = F.pixel_unshuffle(image, self.cfg.patch)  # (B, 3*patch^2, H/patch, W/patch)
+        x = self.quant_conv(self.encoder(x))  # (B, 2z, H/f, W/f)
+        mean, logvar = x.chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, image, sample=False):
-        """image [B,3,H,W] in [-1,1] -> scaled latent z [B,z,H/f,W/f]: the Gaussian's mean, or a draw from it."""
+        """image [B,3,H,W] in [-1,1] -> scaled latent z [B,z,H/f,W/f]: the Gaussian's mean, or a
+        draw from it."""
         mean, logvar = self.moments(image)
+        z = mean
         if sample:
-            mean = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
-        return mean * self.cfg.scale
+            z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+        return z * self.cfg.scale
 
     def decode(self, z):
         """Scaled latent z [B,z,h,w] -> image [B,3,h*f,w*f], about [-1,1] (not clamped)."""
-        return F.pixel_shuffle(self.decoder(self.post_quant_conv(z / self.cfg.scale)), self.cfg.patch)
+        x = self.post_quant_conv(z / self.cfg.scale)
+        x = self.decoder(x)  # (B, 3*patch^2, H/patch, W/patch)
+        return F.pixel_shuffle(x, self.cfg.patch)

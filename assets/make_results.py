@@ -1,0 +1,204 @@
+"""Runs the rows of our tables, and writes them as Markdown.
+
+    python assets/make_results.py noise k --runs runs/results --out runs/results/results.md
+
+Each row is train.py with some flags, run with each seed into a folder of its own under --runs. What
+is finished there is kept: the same command goes on after a stop, and tables share their runs.
+"""
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+
+from aldm import atomic
+from data import DOMAINS, InputError
+from sample import number
+from train import FIGURES
+
+# The adapters that the noise loss has trained, from which all others start: {name: its flags}.
+STARTS = {
+    "controlnet": "--adapter controlnet --init none --discriminator none --lr 1e-3 --steps 1500",
+    "t2i": "--adapter t2i --discriminator none --lr 1e-3 --steps 1500",
+    "oft": "--adapter oft --discriminator none --lr 1e-3 --steps 1500",
+}
+NOISE = "--discriminator none --lr 5e-4 --steps 600"  # as long as ALDM takes
+TABLES = {  # name -> title, {row: flags}; START/x is the adapter x of STARTS
+    "noise": ("Noise loss and ALDM for the same time, from each adapter's converged noise loss", {
+        "ControlNet, noise loss": NOISE,
+        "ControlNet, ALDM": "",
+        "T2I-Adapter, noise loss": f"--init START/t2i {NOISE}",
+        "T2I-Adapter, ALDM": "--init START/t2i",
+        "OFT, noise loss": f"--init START/oft {NOISE}",
+        "OFT, ALDM": "--init START/oft"}),
+    "k": ("Unrolled steps K, and where the gradient flows", {
+        "K = 0": "--unroll 0",
+        "K = 3 (default)": "",
+        "K = 9": "--unroll 9",
+        "K = 3, `each`": "--unroll-grad each",
+        "K = 3, `full`": "--unroll-grad full"}),
+    "discriminator": ("The discriminator", {
+        "trained (default)": "",
+        "frozen": "--discriminator frozen",
+        "none, the noise loss alone": NOISE}),
+    "lambda": ("lambda_adv, and the weight of the fake term", {
+        "lambda 0.3": "--lambda-adv 0.3",
+        "lambda 1 (default)": "",
+        "lambda 2": "--lambda-adv 2",
+        "lambda 4": "--lambda-adv 4",
+        "fake weight 0.1": "--fake-weight 0.1",
+        "fake weight 0.001": "--fake-weight 0.001"}),
+    "long": ("Four times as long: does the noise loss catch up?", {
+        "noise loss": "--discriminator none --lr 5e-4 --steps 2400",
+        "ALDM": "--steps 1200 --lr-d 5e-5"}),
+}
+WEATHER = ("a street at night", "a street in fog", "a street in snow", "a street in rain")
+
+
+def folder_name(flags, seed):
+    words = re.sub(r"[^\w.]+", "-", flags).strip("-") or "default"
+    return f"{words}-seed-{seed}"
+
+
+def start_command(name, args):
+    out = args.runs / "start" / name
+    flags = STARTS[name].split()
+    return [*train_command(args), *flags, "--no-before", "--out", str(out)], out / "judged.json"
+
+
+def row_command(flags, seed, args):
+    out = args.runs / folder_name(flags, seed)
+    words = flags.replace("START", str(args.runs / "start")).split()
+    command = [*train_command(args), *words, "--seed", str(seed), "--no-before", "--out", str(out)]
+    return command, out / "judged.json"
+
+
+def train_command(args):
+    extra = args.train_flags.split()
+    return [sys.executable, str(ROOT / "train.py"), "--resume", "--keep", "1", *extra]
+
+
+def run_all(jobs, at_once):
+    """Run the commands [(command, the file that says that it is finished)], some at once. Ends them
+    all when this ends; raises InputError when one fails."""
+    waiting = [(command, done) for command, done in jobs if not done.exists()]
+    running = []
+    threads = str(max(1, (os.cpu_count() or 1) // at_once))
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                command, done = waiting.pop(0)
+                done.parent.mkdir(parents=True, exist_ok=True)
+                print(f"{len(waiting)} more; {' '.join(command[2:])}", flush=True)
+                with open(done.with_name("output.txt"), "w") as output:
+                    process = subprocess.Popen(command, stdout=output, stderr=output,
+                                               env={**os.environ, "OMP_NUM_THREADS": threads})
+                running.append((process, done))
+            time.sleep(0.2)
+            for process, done in list(running):
+                if process.poll() is not None:
+                    running.remove((process, done))
+                    if process.returncode or not done.exists():
+                        raise InputError(f"a run failed; see {done.with_name('output.txt')}")
+    finally:
+        for process, _ in running:
+            process.terminate()
+        for process, _ in running:
+            process.wait()
+
+
+def table(name, args):
+    """-> the table as Markdown: of each figure its mean and standard deviation over the seeds."""
+    title, rows = TABLES[name]
+    starts = sorted({word.split("/")[1] for flags in rows.values() for word in flags.split()
+                     if word.startswith("START/")})
+    run_all([start_command(start, args) for start in starts], args.jobs)
+    jobs = {}
+    for seed in range(args.seeds):
+        for row, flags in rows.items():
+            jobs[row, seed] = row_command(flags, seed, args)
+    run_all(list(jobs.values()), args.jobs)
+    lines = [f"## {title}", "", f"| | `train.py` ... | {' | '.join(FIGURES)} |",
+             "|---|---|" + "---|" * len(FIGURES)]
+    for row, flags in rows.items():
+        results = [json.loads(jobs[row, seed][1].read_text()) for seed in range(args.seeds)]
+        cells = [spread([result[key] for result in results]) for key in FIGURES.values()]
+        lines.append(f"| {row} | `{flags or '(defaults)'}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values):
+    values = np.array(values, float)
+    digits = 0 if values.mean() > 10 else 3
+    return f"{values.mean():.{digits}f} ± {values.std(ddof=min(1, len(values) - 1)):.{digits}f}"
+
+
+def generalisation(args):
+    """-> the table of the paper's domain generalisation (Table 4), in the toy world."""
+    images = args.runs / "weather"
+    make = [sys.executable, str(ROOT / "sample.py"), "--layouts", "train", "--limit", "250",
+            "--out", str(images), "--prompts", *WEATHER, "--adapter", str(args.adapter)]
+    if not (images / "finished").exists():
+        subprocess.run(make, check=True)
+        (images / "finished").touch()
+    tests = ["--test", *(f"toy:{domain}" for domain in DOMAINS)]
+    rows = {"clear days": "--data toy", "real images of all weathers": "--data toy:all"}
+    for mix in args.mix:
+        rows[f"clear days and ALDM's images, {mix:g} of each batch"] = \
+            f"--data toy --mix {mix:g} --extra {images}"
+    jobs = {}
+    for seed in range(args.seeds):
+        for row, flags in rows.items():
+            out = args.runs / folder_name("segmenter " + flags.replace(str(images), "aldm"), seed)
+            command = [*train_command(args), "--train", "segmenter", "--steps", "500",
+                       *flags.split(), *tests, "--seed", str(seed), "--out", str(out)]
+            jobs[row, seed] = (command, out / "segmenter.json")
+    run_all(list(jobs.values()), args.jobs)
+    lines = ["## What images of unseen weather are good for: mIoU of a segmenter", "",
+             f"| trained on | {' | '.join(DOMAINS)} |", "|---|" + "---|" * len(DOMAINS)]
+    for row in rows:
+        results = [json.loads(jobs[row, seed][1].read_text()) for seed in range(args.seeds)]
+        cells = [spread([result[f"toy:{domain}"]["mIoU"] for result in results])
+                 for domain in DOMAINS]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("tables", nargs="+", choices=[*TABLES, "generalisation"])
+    p.add_argument("--runs", type=Path, required=True, help="folder of the runs")
+    p.add_argument("--out", type=Path, required=True, help="the Markdown file")
+    p.add_argument("--seeds", type=number(1, kind=int), default=3)
+    p.add_argument("--jobs", type=number(1, kind=int), default=2, help="runs at a time")
+    p.add_argument("--train-flags", default="", help="given to every run, in one string")
+    p.add_argument("--adapter", type=Path, default=ROOT / "assets" / "toy_aldm.safetensors",
+                   help="whose images generalisation uses")
+    p.add_argument("--mix", type=number(0, 1), nargs="+", default=[0.5])
+    args = p.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the runs as well
+    try:
+        texts = []
+        for name in args.tables:
+            texts.append(generalisation(args) if name == "generalisation" else table(name, args))
+        print("\n".join(texts))
+        with atomic(args.out) as temporary:
+            temporary.write_text("\n".join(texts))
+    except KeyboardInterrupt:
+        raise SystemExit(130)
+    except (InputError, OSError, subprocess.CalledProcessError) as error:
+        print(f"make_results.py: {error}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

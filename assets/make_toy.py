@@ -1,0 +1,355 @@
+"""Makes the toy world's Stable Diffusion, its judges, adapters and pictures, from nothing.
+
+    python assets/make_toy.py vae --out DIR         the autoencoder
+    python assets/make_toy.py base --out DIR        text tower and UNet: text to image, no layouts
+    python assets/make_toy.py judges --out DIR      the discriminator's start, and the judges
+    python assets/make_toy.py adapters --out DIR    a ControlNet by the noise loss, ALDM from there
+    python assets/make_toy.py pictures --out DIR    toy.png and the example layouts
+
+In this order: each fills DIR/toy.safetensors, or uses it; DIR/STAGE holds its checkpoints, from
+which --resume goes on. The shipped base was trained twice: 8,000 steps with the defaults, then
+`base --start assets/toy.safetensors --steps 6800 --lr 6e-4 --scenes 40000`.
+"""
+import argparse
+import copy
+import itertools
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from aldm import (ALDM, JUDGE, PRESETS, Schedule, TextEncoder, load_into, load_weights, pick_device,
+                  save_base)
+from data import DOMAINS, IGNORE, InputError, Toy, class_table, colorize, toy_scene
+from discriminator import Classifier, UperNet
+from sample import from_pixels, generate, grid, load_model, number, write_png
+from train import Job, autocast, cosine, fit, judged, open_run, update
+from unet import UNet
+from vae import VAE
+
+DEFAULTS = {"vae": dict(steps=6000, batch=16, lr=1e-3),
+            "base": dict(steps=8000, batch=32, lr=1e-3),
+            "judges": dict(steps=1500, batch=8, lr=2e-3)}
+
+
+def train_stage(args, modules, step_loss, columns):
+    """Train `modules` {name: module} by step_loss(step) -> loss, its parts {name: scalar}: AdamW,
+    cosine decay, clipped gradients, with train.py's loop and checkpoints."""
+    parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(parameters, args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    run = SimpleNamespace(**{**vars(args), "out": Path(args.out) / args.stage})
+    open_run(run)
+    fit(Job(state={**modules, "opt": opt}, meta={"stage": args.stage}, stream=itertools.count,
+            rates=[(opt, partial(learning_rate, args))],
+            step=partial(stage_step, args, opt, step_loss), columns=columns), run)
+
+
+def learning_rate(args, step):
+    return min(1, (step + 1) / 100) * cosine(args.lr, 0, step / args.steps)
+
+
+def stage_step(args, opt, step_loss, _, step):
+    with autocast(args):
+        loss, parts = step_loss(step)
+    loss.backward()
+    losses = {name: value.detach() for name, value in parts.items()}
+    return {**losses, "dropped": update(opt, losses, clip=1.0)}
+
+
+def write_parts(args, parts, token_ids=None):
+    """Put these parts into DIR/toy.safetensors, beside what other stages have put there."""
+    path = Path(args.out) / "toy.safetensors"
+    old = load_weights(path) if path.exists() else {}
+    save_base(path, {**old, **parts}, token_ids)
+    print(f"{path}: {', '.join(parts)} written, {path.stat().st_size / 1e6:.1f} MB")
+
+
+def toy_pixels(toy, index, device):
+    """-> image [B,3,64,64] in [-1,1]"""
+    image = from_pixels(toy.images[index], device)
+    return image.contiguous(memory_format=torch.channels_last)
+
+
+# -- the autoencoder ----------------------------------------------------------------------------
+
+
+def make_vae(args):
+    """L1, weighted by local contrast since small objects live by their edges, and a small KL term.
+
+    At the end its latents are brought to zero mean and, as a whole, unit variance. As those of
+    Stable Diffusion they keep a spectrum: what is large outlives more noise than what is fine.
+    """
+    torch.manual_seed(args.seed)
+    toy = Toy("train", DOMAINS, length=args.scenes)
+    vae = VAE(PRESETS["toy"].vae)
+    linear_start(vae, toy_pixels(toy, slice(0, 500), "cpu"))
+    vae.to(args.device, memory_format=torch.channels_last)
+
+    def step_loss(step):
+        x = toy_pixels(toy, torch.randint(0, len(toy), (args.batch,)).numpy(), args.device)
+        mean, logvar = vae.moments(x)
+        error = vae.decode(mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)) - x
+        blurred = F.avg_pool2d(F.pad(x, (3, 3, 3, 3), mode="reflect"), 7, 1)
+        weight = 1 + 8 * (x - blurred).abs().mean(1, keepdim=True)
+        l1 = (weight / weight.mean() * error.abs()).mean()
+        kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
+        return l1 + 1e-5 * kl, {"l1": l1, "kl": kl, "mse": (error ** 2).mean()}
+
+    train_stage(args, {"vae": vae}, step_loss, ["l1", "kl", "mse"])
+    normalize_latents(vae, toy_pixels(toy, slice(0, 2000), args.device))
+    write_parts(args, {"vae": vae})
+
+
+@torch.no_grad()
+def linear_start(vae, image):
+    """Start as the best linear autoencoder, the principal components of the patches of `image`
+    [n,3,64,64], which plain training takes long to find.
+
+    They pass silu as pairs (x, -x), since silu(x) - silu(-x) = x; residual branches start at 0; a
+    pair of large constants keeps the statistics of the last group norm nearly the same for all
+    images, and its gain undoes the norm's division.
+    """
+    z = vae.cfg.z_channels
+    patches = F.pixel_unshuffle(image, vae.cfg.patch)
+    x = patches.permute(0, 2, 3, 1).flatten(0, 2)  # (n, 3 patch^2)
+    m = x.mean(0)
+    eigenvectors = torch.linalg.eigh((x - m).double().T @ (x - m).double())[1]  # ascending
+    V = eigenvectors.flip(1)[:, :z].float()
+    s = ((x - m) @ V).std()
+    eye = torch.eye(z)
+    zeros = torch.zeros(z)
+    for name, module in vae.named_modules():
+        if name.endswith(("conv2", "proj_out")):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    encoder, decoder = vae.encoder, vae.decoder
+    set_pairs(encoder.conv_in, V.T / s, -m @ V / s)
+    from_pairs = torch.cat([eye, -eye], dim=1)
+    set_linear(encoder.conv_out, torch.cat([from_pairs, torch.zeros(z, 2 * z)]), torch.zeros(2 * z))
+    logvar = torch.full((z,), -6.0)
+    set_linear(vae.quant_conv, torch.eye(2 * z), torch.cat([zeros, logvar]))
+    set_linear(vae.post_quant_conv, eye, zeros)
+    set_pairs(decoder.conv_in, eye, zeros)
+    set_linear(decoder.conv_out, torch.cat([V * s, -V * s], dim=1), m)
+    set_gain(encoder, patches[:100])
+    set_gain(decoder, vae.moments(image[:100])[0])
+
+
+def set_linear(conv, weight, bias):
+    """The first len(weight) outputs of a convolution become a linear map of each pixel."""
+    rows, columns = weight.shape
+    centre = conv.kernel_size[0] // 2
+    conv.weight[:rows] = 0
+    conv.weight[:rows, :columns, centre, centre] = weight
+    conv.bias[:rows] = bias
+
+
+def set_pairs(conv, weight, bias):
+    """The same, and its negative, and a pair of large constants."""
+    constants = torch.zeros(2, weight.shape[1])
+    set_linear(conv, torch.cat([weight, -weight, constants]),
+               torch.cat([bias, -bias, torch.tensor([6.0, -6.0])]))
+
+
+def set_gain(net, x):
+    """Let the last norm of `net` multiply by the standard deviation that it divides by."""
+    seen = []
+    hook = net.norm_out.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    net(x)
+    hook.remove()
+    net.norm_out.weight.fill_(seen[0].std((1, 2, 3)).mean())
+
+
+@torch.no_grad()
+def normalize_latents(vae, image):
+    """Fold the latents' mean and deviation into the convolutions beside them: z' = (z - m) / s."""
+    z = torch.cat([vae.moments(x)[0] for x in image.split(100)])
+    c = z.shape[1]
+    m = z.mean((0, 2, 3))
+    s = (z - m[:, None, None]).std()
+    inner, outer = vae.quant_conv, vae.post_quant_conv
+    inner.weight[:c] /= s
+    inner.bias[:c] = (inner.bias[:c] - m) / s
+    inner.bias[c:] -= 2 * s.log()  # the log-variances
+    outer.bias += outer.weight[:, :, 0, 0] @ m
+    outer.weight *= s
+
+
+# -- text to image ------------------------------------------------------------------------------
+
+
+def make_base(args):
+    """UNet and text tower, in all weathers, without layouts. One caption in ten is empty (for
+    guidance), one in seven names a class ("A photo of car"), so that class embeddings mean
+    something. The file gets the running average of the weights."""
+    device = torch.device(args.device)
+    path = Path(args.out) / "toy.safetensors"
+    preset = PRESETS["toy"]
+    vae = VAE(preset.vae).to(device)
+    load_into(vae, load_weights(path).get("vae", {}), f"{path}: vae")
+    toy = Toy("train", DOMAINS, length=args.scenes)
+    torch.manual_seed(args.seed)
+    text = TextEncoder(**preset.text).to(device)
+    unet = UNet(preset.unet).to(device, memory_format=torch.channels_last)
+    if args.start:
+        start = load_weights(args.start)
+        load_into(text, start["text"], args.start)
+        load_into(unet, start["unet"], args.start)
+    names = class_table("toy").names
+    captions = [toy.captions[name] for name in toy.names]
+    photos = [f"A photo of {name}" for name in names]
+    ids = text.tokenize([*captions, *photos, ""]).to(device)
+    present = [torch.from_numpy((toy.labels == c).any((1, 2))) for c in range(len(names))]
+    present = torch.stack(present, dim=1).float()  # (scenes, N)
+    moments = []
+    with torch.no_grad():
+        for i in tqdm(range(0, len(toy), 100), desc="latents"):
+            pixels = toy_pixels(toy, slice(i, i + 100), device)
+            moments.append(torch.cat(vae.moments(pixels), 1).half())
+    moments = torch.cat(moments)  # (scenes, 2z, 16, 16)
+    trained = nn.ModuleList([text, unet])
+    averaged = copy.deepcopy(trained).requires_grad_(False)
+    schedule = Schedule().to(device)
+
+    def step_loss(step):
+        B = args.batch
+        index = torch.randint(0, len(toy), (B,))
+        mean, logvar = moments[index.to(device)].float().chunk(2, dim=1)
+        x0 = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+        choice = torch.rand(B)
+        photo = len(toy) + present[index].multinomial(1)[:, 0]  # of a class that is there
+        words = index.where(choice > 0.25, photo).where(choice > 0.1, len(ids) - 1)
+        # Spread evenly over all t, which makes the gradient less noisy than independent draws.
+        t = ((torch.arange(B) + torch.rand(1)) * 1000 / B).long().to(device)
+        noise = torch.randn_like(x0)
+        context = text(ids[words.to(device)])
+        loss = F.mse_loss(unet(schedule.add_noise(x0, t, noise), t, context), noise)
+        rate = min(0.9997, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_([*averaged.parameters()], [*trained.parameters()], 1 - rate)
+        return loss, {"noise": loss}
+
+    modules = {"text": text, "unet": unet, "averaged": averaged}
+    train_stage(args, modules, step_loss, ["noise"])
+    write_parts(args, {"text": averaged[0], "unet": averaged[1]}, ids.unique())
+
+
+# -- the judges ---------------------------------------------------------------------------------
+
+
+def make_judges(args):
+    """The segmenter that the discriminator starts from, on clear days only; and the judges, which
+    no training sees, in all weathers: a segmenter at full resolution, and a classifier of them."""
+    device = torch.device(args.device)
+    num_classes = len(class_table("toy").names)
+    torch.manual_seed(args.seed)
+    nets = {"segmenter": UperNet(num_classes, **PRESETS["toy"].segmenter),
+            "judge": UperNet(num_classes, **JUDGE), "domain": Classifier(len(DOMAINS))}
+    for net in nets.values():
+        net.to(device, memory_format=torch.channels_last).train()
+    days = Toy("train", ("day",), length=args.scenes // 5)
+    everything = Toy("train", DOMAINS, length=args.scenes)
+
+    def segmentation_loss(name, toy, index):
+        label = torch.from_numpy(toy.labels[index]).long().to(device)
+        logits = nets[name](toy_pixels(toy, index, device)).float()
+        return F.cross_entropy(logits, label, ignore_index=IGNORE)
+
+    def step_loss(step):
+        day = torch.randint(0, len(days), (args.batch,)).numpy()
+        index = torch.randint(0, len(everything), (args.batch,)).numpy()
+        domain = torch.from_numpy(index % len(DOMAINS)).to(device)
+        weather = nets["domain"](toy_pixels(everything, index, device)).float()
+        losses = {"segmenter": segmentation_loss("segmenter", days, day),
+                  "judge": segmentation_loss("judge", everything, index),
+                  "domain": F.cross_entropy(weather, domain)}
+        return sum(losses.values()), losses
+
+    train_stage(args, nets, step_loss, list(nets))
+    write_parts(args, nets)
+
+
+# -- adapters and pictures ----------------------------------------------------------------------
+
+
+def make_adapters(args):
+    """toy_controlnet.safetensors by the noise loss; from it toy_aldm.safetensors."""
+    out = Path(args.out)
+    common = ["--sd", str(out / "toy.safetensors"), "--device", args.device, "--resume"]
+    common += ["--bf16"] if args.bf16 else []
+    for name, flags in (
+            ("toy_controlnet", "--init none --discriminator none --lr 1e-3 --steps 1500"),
+            ("toy_aldm", f"--init {out / 'toy_controlnet.safetensors'} --steps 1000 --lr-d 5e-5")):
+        run = out / name
+        train = [sys.executable, str(ROOT / "train.py")]
+        subprocess.run([*train, *flags.split(), *common, "--out", str(run)], check=True)
+        shutil.copy(run / "adapter.safetensors", out / f"{name}.safetensors")
+
+
+def make_pictures(args):
+    """toy.png: layout, real, noise loss, ALDM, and ALDM in other weathers; layout_1..3.png."""
+    out = Path(args.out)
+    for i in range(3):
+        write_png(out / f"layout_{i + 1}.png", colorize(toy_scene(10_000_001 + i)[1], "toy"))
+    seeds = [10_000_000 + i for i in (1, 3, 4, 6, 8)]
+    scenes = [toy_scene(seed) for seed in seeds]
+    labels = torch.from_numpy(np.stack([label for _, label, _ in scenes])).long()
+    columns = {"layout": [np.asarray(colorize(label, "toy")) for _, label, _ in scenes],
+               "real": [image for image, _, _ in scenes]}
+    noise, aldm = out / "toy_controlnet.safetensors", out / "toy_aldm.safetensors"
+    for title, adapter, weather in (
+            ("noise loss", noise, "on a clear day"), ("ALDM", aldm, "on a clear day"),
+            ("ALDM, night", aldm, "at night"), ("ALDM, snow", aldm, "in snow"),
+            ("ALDM, fog", aldm, "in fog")):
+        model = load_model(adapter, out / "toy.safetensors", args.device)
+        prompts = [f"a street {weather}"] * len(scenes)
+        columns[title] = generate(model, labels, prompts, range(len(scenes)))
+    write_png(out / "toy.png", grid(list(zip(*columns.values())), titles=list(columns)))
+
+
+STAGES = {"vae": make_vae, "base": make_base, "judges": make_judges, "adapters": make_adapters,
+          "pictures": make_pictures}
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("stage", choices=list(STAGES))
+    p.add_argument("--out", required=True, help="folder of toy.safetensors and what else is made")
+    p.add_argument("--start", help="base: go on from the UNet and text tower of this file")
+    p.add_argument("--steps", type=number(1, kind=int))
+    p.add_argument("--batch", type=number(1, kind=int))
+    p.add_argument("--lr", type=number(0, exclusive=True))
+    p.add_argument("--scenes", type=number(100, kind=int), default=20_000, help="trained on")
+    p.add_argument("--seed", type=number(0, kind=int), default=0)
+    p.add_argument("--device")
+    p.add_argument("--bf16", action="store_true")
+    p.add_argument("--resume", action="store_true")
+    args = p.parse_args()
+    for name, value in DEFAULTS.get(args.stage, {}).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.save_every, args.sample_every, args.keep = 500, 500, 1
+    try:
+        args.device = pick_device(args.device)
+        args.bf16 = args.bf16 or args.device != "cpu"
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        STAGES[args.stage](args)
+    except (InputError, OSError) as error:
+        print(f"make_toy.py: {error}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # as the command lines d
 
 import ast
 import base64
+import contextlib
 import copy
 import csv
 import functools
@@ -69,6 +70,16 @@ def run(*args, code=0, **kw):
     text = done.stdout + done.stderr
     assert done.returncode == code, f"exit {done.returncode}, not {code}:\n{text[-3000:]}"
     return text
+
+
+def launch(module, *argv):
+    """The command line of a module of ours, in this process -> what it prints; it must end well."""
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
+        module.main()
+    out.seek(0)
+    return out.read()
 
 
 def relative(a, b):
@@ -2837,6 +2848,7 @@ def toy_world(tmp_path_factory):
         unet=UNet(preset.unet), vae=VAE(preset.vae), text=TextEncoder(**preset.text), judge=UperNet(19, **JUDGE),
         segmenter=UperNet(19, **preset.segmenter), domain=Classifier(5)), token_ids=range(200))
     write_toy(folder / "city", "cityscapes", "train", 8)
+    write_toy(folder / "city", "cityscapes", "val", 2)
     return folder
 
 
@@ -2937,7 +2949,8 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(flags, train_cli, tmp_pa
     run("train.py", *flags, "--out", out, "--resume", "--eval", 4)
 
     judged = [json.loads((folder / "judged.json").read_text()) for folder in (whole, out)]
-    assert all(j.pop("seconds") > 0 and j["before"]["layouts"] == 4 for j in judged) and judged[0] == judged[1]
+    assert judged[0].pop("seconds") > 0 and judged[1].pop("seconds", 0) != 0 and judged[0]["before"]["layouts"] == 4
+    assert judged[0] == judged[1]
     content = {p: p.read_bytes() for p in out.iterdir()}
     assert "finished already" in run("train.py", *flags, "--out", out, "--resume", "--eval", 4)
     assert content == {p: p.read_bytes() for p in out.iterdir()}
@@ -2972,7 +2985,7 @@ def test_full_disk(flags, train_cli, tmp_path):
     lines = end(start(*flags, "--out", out, "--resume", preexec_fn=limit), 1)
     assert len(lines) == 1 and str(out / "checkpoint_0000002.pt") in lines[0] and "disk" in lines[0]
     assert (out / "checkpoint_0000002.pt").read_bytes() == before
-    assert [name for name in files(out) if name[0] in ".c"] == [".lock", "checkpoint_0000002.pt"]
+    assert [name for name in files(out) if name[0] == "." or "checkpoint" in name] == [".lock", "checkpoint_0000002.pt"]
 
 
 # -- the folder of a run, with next to nothing to train ---------------------------------------------------------------
@@ -3043,7 +3056,7 @@ def test_the_picture_is_drawn_before_the_checkpoint(tmp_path):
     """So that a run that is killed between the two lacks nothing when it is resumed."""
     def full(step):
         raise OSError(28, "No space left on device")
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(train.Stopped, match="No space left.*checkpoint_0000002.pt$"):
         little_run(tmp_path, 4, sample_every=3, show=full)
     drawn = []
     little_run(tmp_path, 4, resume=True, sample_every=3, show=drawn.append)
@@ -3098,7 +3111,9 @@ def make_trainee(adapter="controlnet"):
     """Model, discriminator, their optimisers, and a batch."""
     model = tiny_model(adapter)
     D = UperNet(20, **PRESETS["toy"].segmenter).eval().requires_grad_(False)
-    opt_g, opt_d = (torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True) for net in (model.adapter, D))
+    opt_g, opt_d = (torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-3, fused=True)
+                    for net in (model.adapter, D.requires_grad_(True)))
+    D.requires_grad_(False)
     toy = data.Toy(length=2)
     items = {key: [toy[i][key] for i in range(2)] for key in ("image", "label", "caption")}
     items |= {key: torch.stack(items[key]) for key in ("image", "label")}
@@ -3370,15 +3385,18 @@ def test_the_cache_changes_nothing_but_the_time(toy_world, tmp_path, monkeypatch
         train.Cache(tmp_path, dataset, model)
     next(model.vae.parameters()).data /= 1.01
     touched = next((toy_world / "city").glob("gtFine/train/*/*"))
+    was = touched.stat()
     os.utime(touched, (1, 1))                               # a label file that was written anew
     with pytest.raises(InputError, match="choose another folder"):
         train.Cache(tmp_path, data.open_dataset("cityscapes", toy_world / "city", size=64, grid=4), model)
     assert content == {path: path.read_bytes() for path in tmp_path.glob("*.*")} and len(content) == 9
     monkeypatch.undo()
+    os.utime(touched, ns=(was.st_atime_ns, was.st_mtime_ns))
     cut = tmp_path / "00000003.safetensors"                 # a damaged file is made anew, and nothing else
     cut.write_bytes(content[cut][:-9])
     train.Cache(tmp_path, dataset, model)
-    assert content == {path: path.read_bytes() for path in tmp_path.glob("*.*")}
+    changed = [path for path in content if path.read_bytes() != content[path]]
+    assert changed in ([], [cut]) and cut.stat().st_size == len(content[cut])       # (1.01 * w / 1.01 is not quite w)
 
 
 # -- the toy's base model, tables, --bench ----------------------------------------------------------------------------
@@ -3405,16 +3423,17 @@ def test_the_autoencoder_starts_as_the_principal_components():
 
 
 def test_make_toy_makes_a_base_that_trains(tmp_path):
-    """Its stages fill one file, each resumable; an adapter trains on it, and is judged. Seven processes: 30 s."""
+    """Its stages fill one file, each resumable; an adapter trains on it, and is judged."""
+    import make_toy
     base, common = tmp_path / "toy.safetensors", ("--device", "cpu", "--steps", 2, "--batch", 4, "--scenes", 100)
     for stage in ("vae", "base", "judges"):
-        run("assets/make_toy.py", stage, "--out", tmp_path, *common)
+        launch(make_toy, stage, "--out", tmp_path, *common)
         before = base.read_bytes()
-        run("assets/make_toy.py", stage, "--out", tmp_path, *common, "--resume")
+        launch(make_toy, stage, "--out", tmp_path, *common, "--resume")
         assert base.read_bytes() == before
     assert set(load_weights(base)) == {"vae", "unet", "text", "segmenter", "judge", "domain"}
     flags = ("--sd", base, "--init", "none", "--device", "cpu", "--steps", 1, "--batch", 2, "--eval", 4, "--ddim-steps", 4)
-    out = run("train.py", *flags, "--out", tmp_path / "run")
+    out = launch(train, *flags, "--out", tmp_path / "run")
     after = json.loads((tmp_path / "run" / "judged.json").read_text())
     assert "before" in out and "trained in" in out and f"{after['mIoU_generated']:8.3f}" in out
 
@@ -3435,23 +3454,26 @@ def test_what_is_shipped_works():
 
 
 def test_tables(tmp_path, toy_world, monkeypatch):
-    """A table's rows are runs; what is finished is not run again; SIGTERM ends the runs as well. Seven processes: 30 s."""
+    """A table's rows are runs; what is finished is not run again."""
     import make_results
+    monkeypatch.setitem(make_results.TABLES, "k", ("Title", {"one": "", "two": "--discriminator none"}))
     train_flags = f"--sd {toy_world / 'toy.safetensors'} --init none --device cpu --steps 1 --batch 2 --eval 4 --ddim-steps 4"
-    command = ("assets/make_results.py", "discriminator", "--seeds", 1, "--runs", tmp_path, "--out", tmp_path / "results.md",
-               "--train-flags", train_flags)
-    rows = [line for line in run(*command).splitlines() if line.startswith("| ")]
-    assert [row.split(" | ")[0] for row in rows[1:]] == ["| trained (default)", "| frozen", "| none, the noise loss alone"]
+    command = ("k", "--seeds", 1, "--runs", tmp_path, "--out", tmp_path / "results.md", "--train-flags", train_flags)
+    rows = [line for line in launch(make_results, *command).splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[:2] for row in rows[1:]] == [["| one", "`(defaults)`"], ["| two", "`--discriminator none`"]]
     runs = sorted(tmp_path.glob("*/judged.json"))
-    assert len(runs) == 3
-    result = json.loads(runs[0].read_text())
-    runs[0].write_text(json.dumps({**result, "mIoU_generated": 0.75}))
-    assert "| 0.750 ± 0.000 |" in run(*command) and "0.750" in (tmp_path / "results.md").read_text()
-    process = subprocess.Popen([sys.executable, *map(str, command[:5]), tmp_path / "other", *map(str, command[6:])], cwd=HERE,
-                               stdout=subprocess.DEVNULL)
-    children = f"/proc/{process.pid}/task/{process.pid}/children"
-    until(process, lambda: len(Path(children).read_text().split()) == 2)
-    pids = Path(children).read_text().split()
+    assert len(runs) == 2
+    runs[0].write_text(json.dumps({**json.loads(runs[0].read_text()), "mIoU_generated": 0.75}))
+    assert "| 0.750 ± 0.000 |" in launch(make_results, *command) and "0.750" in (tmp_path / "results.md").read_text()
+
+
+def test_sigterm_ends_the_runs_as_well(tmp_path):
+    script = (f"import sys; sys.path[:0] = [{str(HERE / 'assets')!r}]\nimport make_results, pathlib\n"
+              f"make_results.run_all([(['sleep', '600'], pathlib.Path({str(tmp_path)!r}, str(i), 'done')) for i in range(3)], 2)")
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    until(process, lambda: len(children.read_text().split()) == 2)
+    pids = children.read_text().split()
     process.terminate()
     assert process.wait(20) == 128 + signal.SIGTERM and not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
@@ -3633,7 +3655,7 @@ def test_normalisation_stands_in_the_files(train_cli, tmp_path):
 # -- own classes, plain segmenter, half precision ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", [["floor", "car"], [f"thing {i}" for i in range(19)], [f"thing {i}" for i in range(171)]])
+@pytest.mark.parametrize("names", [["floor", "car"], [f"thing {i}" for i in range(171)]])
 def test_own_classes_in_a_small_trial(names, toy_world, tmp_path):
     """--data FOLDER --preset toy: any number of own classes, by the commands that README names."""
     root = tmp_path / "own"
@@ -3645,9 +3667,9 @@ def test_own_classes_in_a_small_trial(names, toy_world, tmp_path):
         Image.fromarray(np.stack([label] * 3, 2)).save(root / "images" / f"{i}.png")
     (root / "classes.txt").write_text("\n".join(names))
     base = ("--sd", toy_world / "toy.safetensors", "--device", "cpu")
-    out = run("train.py", "--data", root, "--preset", "toy", *base, "--steps", 2, "--batch", 2, "--out", tmp_path / "run")
+    out = launch(train, "--data", root, "--preset", "toy", *base, "--steps", 2, "--batch", 2, "--out", tmp_path / "run")
     assert "mIoU" not in out                                        # the toy's judges know none of these classes
-    run("sample.py", "--layout", root / "labels" / "0.png", "--adapter", tmp_path / "run", *base, "--steps", 2, "--out", tmp_path)
+    launch(sample, "--layout", root / "labels" / "0.png", "--adapter", tmp_path / "run", *base, "--steps", 2, "--out", tmp_path)
     if names[1] == "car":       # the class that the toy knows, too, starts from its row, the rest at random
         D = torch.load(tmp_path / "run" / "checkpoint_0000002.pt", weights_only=True)["discriminator"]
         last = load_weights(toy_world / "toy.safetensors")["segmenter"]["decoder.conv_last.1.weight"].float()
@@ -3655,24 +3677,25 @@ def test_own_classes_in_a_small_trial(names, toy_world, tmp_path):
 
 
 def test_domain_generalisation_from_end_to_end(toy_world, tmp_path):
-    """README's chain of commands on the toy written as Cityscapes' and ACDC's files. Five processes: 30 s."""
+    """README's chain of commands on the toy written as Cityscapes' and ACDC's files."""
     city, acdc, base = tmp_path / "city", tmp_path / "acdc", ("--sd", toy_world / "toy.safetensors", "--device", "cpu")
     for split, n in ("train", 24), ("val", 4):
-        run("data.py", "--write-toy", city, "--split", split, "--n", n)
-        run("data.py", "--write-toy", acdc, "--format", "acdc", "--split", split, "--n", 4, "--domains", "night")
-    run("train.py", "--data", "cityscapes", "--root", city, "--preset", "toy", *base, "--steps", 2, "--eval", 0, "--batch", 4,
-        "--out", tmp_path / "run")
+        write_toy(city, "cityscapes", split, n)
+        write_toy(acdc, "acdc", split, 4, ("night",))
+    launch(train, "--data", "cityscapes", "--root", city, "--preset", "toy", *base, "--steps", 2, "--eval", 0, "--batch", 4,
+         "--out", tmp_path / "run")
+    model = ("--adapter", tmp_path / "run", *base, "--data", "cityscapes", "--root", city, "--steps", 2)
     for i in range(2):
-        run("sample.py", "--adapter", tmp_path / "run", *base, "--data", "cityscapes", "--root", city, "--layouts", "train",
-            "--limit", 4, "--prompts", "{caption}, night scene", "--steps", 2, "--shard", f"{i}/2", "--out", tmp_path / "night")
-    out = run("train.py", "--train", "segmenter", "--data", "cityscapes", "--root", city, "--preset", "toy", "--device", "cpu",
-              "--extra", tmp_path / "night", "--mix", 0.25, "--steps", 60, "--batch", 8, "--out", tmp_path / "segmenter",
-              "--test", "cityscapes", f"cityscapes:night={acdc}")
+        launch(sample, *model, "--layouts", "train", "--limit", 4, "--prompts", "{caption}, night scene", "--shard", f"{i}/2",
+             "--out", tmp_path / "night")
+    out = launch(train, "--train", "segmenter", "--data", "cityscapes", "--root", city, "--preset", "toy", "--device", "cpu",
+               "--extra", tmp_path / "night", "--mix", 0.25, "--steps", 60, "--batch", 8, "--out", tmp_path / "segmenter",
+               "--test", "cityscapes", f"cityscapes:night={acdc}")
     results = json.loads((tmp_path / "segmenter" / "segmenter.json").read_text())
     assert list(results) == ["cityscapes", f"cityscapes:night={acdc}"] and "road" in out
     assert results["cityscapes"]["mIoU"] > 0.1 and results["cityscapes"]["IoU"]["road"] > 0.3       # (random: 0.03)
-    run("sample.py", "--evaluate", "--adapter", tmp_path / "run", *base, "--data", "cityscapes", "--root", city, "--limit", 2,
-        "--steps", 2, "--n", 1, "--judge", tmp_path / "segmenter" / "segmenter.safetensors", "--out", tmp_path / "judged")
+    launch(sample, "--evaluate", *model, "--limit", 2, "--n", 1, "--judge", tmp_path / "segmenter" / "segmenter.safetensors",
+         "--out", tmp_path / "judged")
 
 
 def test_windows_cover_the_whole_image():
@@ -3690,13 +3713,11 @@ def test_half_precision(adapter, scene):
     """A step and a picture under bf16 autocast are those of fp32, roughly."""
     found = []
     for bf16 in False, True:
-        model, D, _, _, batch = make_trainee(adapter)
-        parts = [p for p in model.adapter.parameters() if p.requires_grad]
-        opts = torch.optim.AdamW(parts, lr=1e-3, fused=True), torch.optim.AdamW(D.parameters(), lr=1e-3, fused=True)
+        model, D, opt_g, opt_d, batch = make_trainee(adapter)
         torch.manual_seed(0)
-        losses = train.train_step(model, D, *opts, [batch], 5, setting(bf16=bf16))
+        losses = train.train_step(model, D, opt_g, opt_d, halves(batch)[:1], 5, setting(bf16=bf16, unroll=0))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            image = sample.generate(model, scene.label, scene.words, [0, 1], steps=3)
+            image = sample.generate(model, scene.label[:1], ["at night"], [0], steps=2, cfg=1.0)
         found.append((losses, image.astype(float)))
     (a, image), (b, half) = found
     assert a["dropped"] == b["dropped"] == 0
@@ -3706,18 +3727,25 @@ def test_half_precision(adapter, scene):
 
 @pytest.mark.parametrize("adapter", ["controlnet", "t2i", "oft", "freestyle"])
 def test_no_tensor_is_left_behind_on_the_cpu(adapter):
-    """Fake CUDA tensors: mixed devices raise, as does whatever must wait for the GPU within a step."""
+    """Fake CUDA tensors: mixed devices raise, and whatever must wait for the GPU within a step."""
+    model, D, *_ = make_trainee(adapter)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model, D, opt_g, opt_d, batch = make_trainee(adapter)
-        for module in model, D:
-            module.to("cuda")
-        batch = {key: torch.empty_like(value, device="cuda") for key, value in batch.items()}
+        for module in [*model.modules(), *D.modules()]:
+            for name, t in [*module._parameters.items(), *module._buffers.items()]:
+                if t is not None:
+                    fake = torch.empty(t.shape, dtype=t.dtype, device="cuda")
+                    places = module._parameters if name in module._parameters else module._buffers
+                    places[name] = nn.Parameter(fake, False) if places is module._parameters else fake
+        batch = {"label": torch.zeros(2, 64, 64, dtype=torch.int64, device="cuda"),
+                 "x0": torch.zeros(2, 16, 16, 16, device="cuda"), "context": torch.zeros(2, 77, 96, device="cuda")}
         args = setting(device="cpu")                                # (no autocast without a driver)
-        loss, _, fakes = train.generator_loss(model, D, batch, 5, args)
-        assert loss.device.type == fakes.device.type == "cuda"
-        loss.backward()
-        logits = D.train()(fakes).chunk(2)
-        assert discriminator_loss(*[logits[0]] * 2, batch["label"][:1], 0.1)[0].device.type == "cuda"
+        with torch.no_grad():                                       # (fake tensors cannot go backwards without a driver)
+            for step in 4, 5:
+                loss, _, fakes = train.generator_loss(model, D, batch, step, setting(lazy=2 if step == 5 else 1))
+            loss, _, fakes = train.generator_loss(model, D, batch, 5, args)
+            logits = D.train()(fakes)
+            d_loss, _ = discriminator_loss(logits, logits, batch["label"], 0.1)
+        assert loss.device.type == fakes.device.type == d_loss.device.type == "cuda"
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
@@ -3755,7 +3783,7 @@ BAD_TRAINING = {     # arguments -> words of the one line that says so
     "init is a base": ("--init BASE", "BASE"), "evil init": ("--init EVIL", "EVIL"), "init is not finite": ("--init NAN", "NAN"),
     "evil segmenter": ("--segmenter EVIL", "EVIL"), "segmenter of other classes": ("--segmenter SEVEN", "SEVEN", "7"),
     "half a segmenter": ("--segmenter ENCODER", "ENCODER"),
-    "class embeddings of another dataset": ("--class-embeddings TABLE", "TABLE", "[7, 96]", "[19, 96]"),
+    "class embeddings of another dataset": ("--class-embeddings TABLE", "TABLE", "[7, 96]", "[19, C]"),
     "out is a file": ("--out TEXT", "TEXT", "--out"), "out within a file": ("--out TEXT/out", "TEXT/out", "--out"),
     "cache of other images": ("--cache CACHE", "CACHE", "another folder"), "cache is a file": ("--cache TEXT", "TEXT"),
     "resume of another adapter": ("--out RUN --resume --adapter t2i", "adapter", "t2i", "RUN"),

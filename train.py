@@ -239,7 +239,7 @@ def fit(job, args):
     log = Log(out / "log.csv", job.columns, first)
     stream = job.stream(first)
     bar = tqdm(total=args.steps, initial=first, disable=rank() > 0, mininterval=1)
-    with bar, noted_signals() as signals:
+    with bar, guarded(out) as signals:
         for step in range(first, args.steps):
             # All randomness of a step comes from its number: a resumed run is as one never stopped.
             torch.manual_seed(hash((args.seed, step, rank())) % 2 ** 63)
@@ -303,6 +303,7 @@ def load_checkpoint(out, job, args):
     Raises InputError where the run is of other settings, already longer than --steps, or where all
     checkpoints are damaged.
     """
+    damaged = []
     for path in reversed(checkpoints(out)):
         try:
             with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
@@ -312,12 +313,14 @@ def load_checkpoint(out, job, args):
             break
         except Exception as error:  # whatever the two raise at a damaged file; nothing is executed
             reason = (str(error) or type(error).__name__).splitlines()[0][:100]
-            note(f"{path}: damaged ({reason}), going back to the one before")
+            damaged.append(f"{path}: damaged ({reason})")
     else:
-        if checkpoints(out):
-            raise InputError(f"{out}: no checkpoint is whole; choose another --out")
+        if damaged:
+            raise InputError(f"{damaged[0]}, and no checkpoint is whole; choose another --out")
         note(f"{out}: nothing to resume yet, so it starts at step 0")
         return 0
+    for line in damaged:
+        note(f"{line}; going back to {path.name}")
     for key, value in job.meta.items():
         if saved["meta"].get(key) != value:
             raise InputError(f"{path}: its run has {key} {saved['meta'].get(key)!r:.60}, this one "
@@ -428,12 +431,17 @@ def open_run(args):
 
 
 @contextmanager
-def noted_signals():
-    """Within it SIGINT and SIGTERM are not obeyed, but noted in the list that it yields."""
+def guarded(out):
+    """Within it SIGINT and SIGTERM are not obeyed, but noted in the list that it yields; what stops
+    the run is told with the checkpoint that is left."""
     noted = []
     before = [signal.signal(number, lambda number, _: noted.append(number)) for number in SIGNALS]
     try:
         yield noted
+    except (Stopped, OSError, SafetensorError, torch.OutOfMemoryError) as error:
+        reason = " ".join(str(error).split())
+        last = max(checkpoints(out), default="none")
+        raise Stopped(f"{reason}; last good checkpoint: {last}") from None
     finally:
         for number, handler in zip(SIGNALS, before):
             signal.signal(number, handler)
@@ -503,10 +511,11 @@ def train_adapter(args):
         write_json(out / "before.json", before)
     began = time.time()
     done = fit(job, args)
-    if done == 0:
+    if done == 0 and (out / "judged.json").exists():
         note(f"{out}: finished already, nothing is changed")
         return
-    seconds = (time.time() - began) * args.steps / done  # of the whole run, if it was resumed
+    # Of the whole run, also where only its end was seen.
+    seconds = (time.time() - began) * args.steps / done if done else None
     after = judged(model, parts, args)
     if after:
         print_table(before, after, seconds)
@@ -687,7 +696,8 @@ def print_table(before, after, seconds):
             values = [result.get(key) if result else None for result in (before, after)]
             cells = [f"{v:8.3f}" if v is not None else f"{'-':>8}" for v in values]
             print(f"{title:20}{''.join(cells)}")
-    print(f"trained in {seconds:.0f} s")
+    if seconds:
+        print(f"trained in {seconds:.0f} s")
 
 
 def read_json(path):
@@ -715,18 +725,15 @@ class Cache(torch.utils.data.Dataset):
         weights = sum(p.double().abs().sum().item()
                       for p in [*model.vae.parameters(), *model.text.parameters()])
         made_of = f"{dataset.stamp()}, size {dataset.size}, weights {weights:.6e}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            sign = self.folder / "cache.txt"
-            if sign.exists() and sign.read_text() != made_of:
-                raise InputError(f"--cache {folder}: is of other images, labels, captions or "
-                                 "weights; choose another folder")
-            if rank() == 0:
-                remove_leftovers(self.folder)
-                with atomic(sign) as temporary:
-                    temporary.write_text(made_of)
-        except OSError as error:
-            raise InputError(f"--cache {folder}: {error.strerror}; choose another folder") from None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sign = self.folder / "cache.txt"
+        if sign.exists() and sign.read_text() != made_of:
+            raise InputError(f"--cache {folder}: is of other images, labels, captions or weights; "
+                             "choose another folder")
+        if rank() == 0:
+            remove_leftovers(self.folder)
+            with atomic(sign) as temporary:
+                temporary.write_text(made_of)
         mine = range(rank(), len(dataset), world())
         for i in tqdm(mine, "cache", disable=rank() > 0, mininterval=1):
             if not self.is_whole(i):
@@ -1097,13 +1104,11 @@ def main():
             train_segmenter(args)
         else:
             train_adapter(args)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         raise SystemExit(2)
-    except (Stopped, OSError, SafetensorError, torch.OutOfMemoryError) as error:
-        last = max(checkpoints(Path(args.out)), default="none")
-        reason = " ".join(str(error).split())
-        print(f"train.py: {reason}; last good checkpoint: {last}", file=sys.stderr)
+    except Stopped as error:
+        print(f"train.py: {error}", file=sys.stderr)
         raise SystemExit(1)
 
 

@@ -93,8 +93,13 @@ def run_all(jobs, at_once):
     waiting = [(command, done) for command, done in jobs if not done.exists()]
     running = []
     threads = str(max(1, (os.cpu_count() or 1) // at_once))
+    # A signal is only noted: as an exception it could come between a process and its entry here.
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
     try:
         while waiting or running:
+            if stopped:
+                raise SystemExit(128 + stopped[0])
             while waiting and len(running) < at_once:
                 command, done = waiting.pop(0)
                 done.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +190,6 @@ def main():
                    help="whose images generalisation uses")
     p.add_argument("--mix", type=number(0, 1), nargs="+", default=[0.5])
     args = p.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the runs as well
     try:
         texts = []
         for name in args.tables:

@@ -24,7 +24,6 @@ import re
 import sys
 import time
 import zipfile
-import zlib
 from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -42,7 +41,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from aldm import (ALDM, PRESETS, Schedule, TextEncoder, atomic, load_class_embeddings,
-                  load_frozen, load_into, load_segmenter, pick_device, read_adapter, read_parts,
+                  load_frozen, load_into, load_segmenter, pick_device, read_adapter,
                   remove_leftovers, save_adapter, save_tensors, unrolled_adversarial_loss)
 from data import (ASSETS, IGNORE, InputError, Toy, batches, class_table, colorize, open_dataset,
                   refuse)

@@ -34,7 +34,7 @@ from aldm import (ALDM, JUDGE, PRESETS, Schedule, TextEncoder, load_into, load_w
 from data import DOMAINS, IGNORE, InputError, Toy, class_table, colorize, toy_scene
 from discriminator import Classifier, UperNet
 from sample import from_pixels, generate, grid, load_model, number, write_png
-from train import Job, autocast, cosine, fit, judged, open_run, update
+from train import Job, autocast, cosine, fit, open_run, update
 from unet import UNet
 from vae import VAE
 

@@ -285,7 +285,7 @@ def read_layout(path, dataset):
     if unknown.any():
         values, counts = np.unique(pixels[unknown], axis=0, return_counts=True)
         most = values[counts.argmax()].tolist()
-        raise InputError(f"{path}: {unknown.sum()} pixels are none of {classes.key}'s classes, most "
+        raise InputError(f"{path}: {unknown.sum()} pixels are no class of {classes.key}, most "
                          f"often {most}: wanted are {wanted}")
     return torch.from_numpy(np.where(clear, IGNORE, label).astype(np.int64))
 
@@ -811,7 +811,7 @@ WEATHER = {"day": add_day, "night": add_night, "fog": add_fog, "snow": add_snow,
 
 
 def cover_with_void(street):
-    """Void as at the borders of real labels: a strip at the lower edge, a patch anywhere -> label."""
+    """Void as at the borders of real labels: a strip at the lower edge, a patch anywhere."""
     label = street.label.copy()
     if street.chance() < 0.2:
         label[SIDE - int(street.rng.integers(2, 5)):] = IGNORE
@@ -986,8 +986,7 @@ def find_pairs(data, root, split):
             for file in find_images(root, place, PICTURES):
                 found.setdefault(file.stem.removesuffix(end), file)
         if not found:
-            looked = " or ".join(f"{root}/{place}.png" for place in places)
-            raise InputError(f"{data}: no {split} files {looked}: {source}")
+            raise InputError(f"{data}: no {split} files {root}/{places[0]}.png: {source}")
         results.append(found)
     return results
 
@@ -1025,8 +1024,9 @@ class Pairs(Scenes):
                     self.shapes[name] = shape
         self.names = list(self.shapes)
         if broken:
+            some = "\n  ".join(broken[:5])
             report = (f"{root}: {len(broken)} of {len(names)} pairs of {split} are broken; mend "
-                      "them, or leave them out with --skip-broken:\n  " + "\n  ".join(broken[:5]))
+                      f"them, or leave them out with --skip-broken:\n  {some}")
             if not skip_broken or not self.names:
                 raise InputError(report)
             print(report, file=sys.stderr)
@@ -1090,7 +1090,7 @@ class Pairs(Scenes):
 
 
 def open_dataset(data, root=None, split="train", size=None, augment=True, **options):
-    """data: "toy" (day), "toy:night" (one domain), "toy:all", or as for `Pairs`, with its options."""
+    """data: "toy" (day), "toy:night" (one domain), "toy:all", or as for `Pairs`."""
     key, part = split_key(data)
     if key != "toy":
         return Pairs(data, root, split, size or 512, augment=augment, **options)
@@ -1141,8 +1141,8 @@ def batches(dataset, batch, seed, start=0, workers=0, rank=0, world=1):
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yields a temporary path beside `path`: what is written there takes the place of `path` once it
-    is whole. If anything fails (a full disk, Ctrl-C) it is removed, and `path` is as it was."""
+    """Yields a temporary path beside `path`: what is written there takes the place of `path` once
+    it is whole. If anything fails (a full disk, Ctrl-C) it is removed, and `path` is as it was."""
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
@@ -1160,9 +1160,9 @@ def write_image(path, array):
 
 TOY_FILES = {
     "cityscapes": ("leftImg8bit/{split}/toy/{name}_leftImg8bit.png",
-                   "gtFine/{split}/toy/{name}_gtFine_labelIds.png"),
+                   "gtFine/{split}/toy/{name}_gtFine_labelTrainIds.png"),
     "acdc": ("rgb_anon/{domain}/{split}/toy/{name}_rgb_anon.png",
-             "gt/{domain}/{split}/toy/{name}_gt_labelIds.png"),
+             "gt/{domain}/{split}/toy/{name}_gt_labelTrainIds.png"),
     "path": ("images/{split}/{name}.png", "labels/{split}/{name}.png"),
 }
 
@@ -1170,18 +1170,12 @@ TOY_FILES = {
 def write_toy(folder, form, split="train", length=None, domains=("day",)):
     """Writes the toy world as a dataset's files; Pairs(size=64, grid=4) then has Toy's very items.
 
-    form: "cityscapes" or "acdc" (their folders, labelIds), "path" (a folder of one's own).
+    form: "cityscapes" or "acdc" (their folders, labelTrainIds), "path" (a folder of one's own).
     """
     toy = Toy(split, domains, length)
     folder = Path(folder)
-    to_file = np.arange(256, dtype=np.uint8)
-    if form != "path":  # class -> labelId
-        for c in range(len(toy.classes.names)):
-            to_file[c] = np.flatnonzero(toy.classes.file_ids == c)[0]
-        to_file[IGNORE] = 0
     for (seed, domain), name in zip(toy.keys, toy.names):
-        image, label, _ = render(seed, domain)
-        for place, array in zip(TOY_FILES[form], (image, to_file[label])):
+        for place, array in zip(TOY_FILES[form], render(seed, domain)):
             path = folder / place.format(split=split, name=name, domain=domain)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_image(path, array)

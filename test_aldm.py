@@ -1391,14 +1391,8 @@ def test_other_tools_class_lists_are_read(tmp_path, text):
     classes = write_classes(tmp_path, text)
     assert classes.names == ("traffic light", "road")
     assert classes.palette.tolist() == [[1, 2, 3], [4, 5, 6]]
-
-
-def test_what_looks_like_a_number_or_a_header(tmp_path):
-    for text in ("name\nroad\nsky", "id,name\n0,road\n1,sky", "0: road\n1: sky", "0\troad\n1\tsky"):
-        assert write_classes(tmp_path, text).names == ("road", "sky")
-    classes = write_classes(tmp_path, "class 1,0,0,255\n2-wheeler 1 2 3\nmini 2 car")
-    assert classes.names == ("class 1", "2-wheeler", "mini 2 car")
-    assert classes.palette[:2].tolist() == [[0, 0, 255], [1, 2, 3]]
+    assert write_classes(tmp_path, "id,name\n0,road\n1,sky").names == ("road", "sky")
+    assert write_classes(tmp_path, "class 1,0,0,255").palette.tolist() == [[0, 0, 255]]
 
 
 @pytest.mark.parametrize("text, word", [
@@ -1416,15 +1410,6 @@ def test_class_table_refuses(tmp_path, text, word):
     refuses_with(lambda: data.class_table("citiscapes"), "citiscapes", "cityscapes", "classes.txt")
 
 
-@pytest.mark.parametrize("key", ["toy", "ade20k"])
-def test_classes_text_is_read_as_the_same_classes(tmp_path, key):
-    classes = data.class_table(key)
-    again = write_classes(tmp_path, data.classes_text(classes))
-    differs = (again.palette != classes.palette).any(1)
-    assert again.names == classes.names and again.ade == classes.ade
-    assert differs.sum() == (key == "ade20k")  # road or skyscraper gets one of its own
-
-
 # layouts
 
 @pytest.mark.parametrize("key", KEYS)
@@ -1436,7 +1421,12 @@ def test_every_class_goes_to_ids_and_colours_and_back(tmp_path, key):
     expected = label.copy()
     if key == "ade20k":  # its palette gives road and skyscraper one colour
         expected[label == classes.names.index("skyscraper")] = classes.names.index("road")
+        path = palette_png(tmp_path / "a.png", blocks([7, 49]), [[0] * 3, *classes.palette])
+        assert read_blocks(path, key) == [6, 48]  # ids tell them apart
     assert (back.numpy() == expected).all()
+    again = write_classes(tmp_path, data.classes_text(classes))
+    assert again.names == classes.names and again.ade == classes.ade
+    assert (again.palette != classes.palette).any(1).sum() == (key == "ade20k")
     file_id = {c: i for i, c in reversed(list(enumerate(classes.file_ids.tolist()))) if c >= 0}
     ids = np.vectorize(file_id.get)(label).astype(np.uint8)
     for name, kind in (("a.png", np.uint8), ("wide.png", np.uint16), ("wide.tif", np.int32)):
@@ -1453,14 +1443,8 @@ def test_real_cityscapes_frame():
                           for kind in ("labelIds", "color", "labelTrainIds"))
     assert ids.shape == (1024, 2048) and (ids == colour).all()
     assert 0 < (ids != train).float().mean() < 0.004
-    pairs = data.Pairs("cityscapes", root, "val")
-    image, label = pairs.full(0)
+    image, label = data.Pairs("cityscapes", root, "val").full(0)
     assert image.shape == (3, 512, 1024) and label.shape == (512, 1024)
-    assert pairs[0, 1]["image"].shape == (3, 512, 512)
-    captions = json.loads((root / "captions_val.json").read_text())
-    assert pairs[0]["caption"] == captions["frankfurt_000000_000576"]
-    train = data.Pairs("cityscapes", root, "train")
-    assert train[0]["caption"].startswith("a photo of road, ")
 
 
 def test_cityscapes_kind_of_ids(tmp_path):
@@ -1515,14 +1499,6 @@ def test_a_palette_holds_ids_or_the_dataset_s_colours(tmp_path, ids, colours, wa
 def test_a_palette_in_another_order_is_never_read_by_its_index(tmp_path, ids, colours, words):
     path = palette_png(tmp_path / "p.png", blocks(ids), colours)
     refuses_with(lambda: data.read_layout(path, "cityscapes"), "p.png", *words)
-
-
-def test_palettes_of_editors(tmp_path):
-    ade = data.class_table("ade20k")  # ids tell road from skyscraper
-    path = palette_png(tmp_path / "a.png", blocks([7, 49]), np.insert(ade.palette, 0, 0, axis=0))
-    assert read_blocks(path, ade) == [6, 48]
-    data.colorize(blocks([13, 0, 10, 8, 255]), "toy").quantize(5).save(tmp_path / "q.png")
-    assert read_blocks(tmp_path / "q.png", "toy") == [13, 0, 10, 8, 255]
 
 
 def test_transparent_pixels_are_void(tmp_path):
@@ -1626,8 +1602,6 @@ def test_compose_caption():
     label[:8], label[:2], label[0, 0] = 0, 13, 255
     assert data.compose_caption(label, names) == "a photo of sky, road and car"
     assert data.compose_caption(torch.full((8, 8), 255), names) == "a photo"
-    many = data.compose_caption(blocks(range(19)), names)
-    assert many == "a photo of road, sidewalk, building, wall, fence and pole"
 
 
 def test_captions_of_a_folder(tmp_path):
@@ -1724,7 +1698,8 @@ def data_main(monkeypatch, *args):
 
 @pytest.mark.parametrize("form", ["cityscapes", "acdc", "path"])
 def test_written_toy_world_reads_back_as_the_same_batches(tmp_path, form, monkeypatch):
-    data_main(monkeypatch, "--write-toy", tmp_path, "--format", form, "--n", 7, "--domains", "fog,rain")
+    data_main(monkeypatch, "--write-toy", tmp_path, "--format", form, "--n", 7,
+              "--domains", "fog,rain")
     toy = data.Toy("train", ("fog", "rain"), 7)
     source = tmp_path if form == "path" else "cityscapes"
     pairs = data.open_dataset(source, tmp_path, size=64, grid=4)
@@ -1811,19 +1786,6 @@ def test_a_folder_of_ones_own(tmp_path):
     refuses_with(lambda: data.Pairs(root, size=30), "30", "multiple")
 
 
-def test_a_turned_photo_lies_on_its_label(tmp_path):
-    root = custom(tmp_path, 1)
-    (root / "images/p0.png").unlink()
-    exif = Image.Exif()
-    exif[0x112] = 6  # the top is at the right of the file
-    array = np.zeros((56, 40, 3), np.uint8)
-    array[:, :20] = 255  # the left of the file is below when upright
-    save(root / "images/p0.jpg", array, exif=exif, quality=95)
-    image, label = data.Pairs(root, size=40).full(0)
-    assert image.shape == (3, 40, 56) and label.shape == (40, 56)
-    assert image[:, :15].mean() > 0.95 and image[:, 25:].mean() < -0.95
-
-
 CITY_FILES = {  # file -> what its label holds; one picture has both kinds of ids
     "gtFine/train/ulm/u_gtFine_labelIds": 7, "gtFine/train/ulm/u_gtFine_labelTrainIds": 5,
     "gtFine/train/bonn/b_gtFine_labelTrainIds": 7, "leftImg8bit/train/ulm/u_leftImg8bit": None,
@@ -1863,26 +1825,24 @@ def test_broken_pairs_are_reported_together(tmp_path, capsys):
              "p2.png", "p3.png: 2240 pixels", "p4: a label of 55 x 40", "--skip-broken")
     refuses_with(lambda: data.Pairs(root, size=32), *words)
     assert data.Pairs(root, size=32, skip_broken=True).names == ["p5"]
-    assert all(word in capsys.readouterr().err for word in words[:1])
+    assert words[0] in capsys.readouterr().err
     (root / "images/p5.png").write_bytes(b"")
     refuses_with(lambda: data.Pairs(root, size=32, skip_broken=True), "6 of 6 pairs")
 
 
 def test_stamp_changes_with_every_file(tmp_path):
     root = custom(tmp_path / "d", 3)
-    later = time.time_ns() + 10**9
     changes = (
-        lambda: None, lambda: os.utime(root / "labels/p1.png", ns=(later, later)),
-        lambda: save(root / "images/p2.png", np.zeros((40, 56, 3), np.uint8)),
+        lambda: None, lambda: os.utime(root / "labels/p1.png", ns=(1, 1)),
         lambda: [(root / k / "p0.png").rename(root / k / "p5.png") for k in ("images", "labels")],
         lambda: (root / "captions.json").write_text('{"p1": "a beach"}'),
-        lambda: (root / "classes.txt").write_text("sand\nocean 0 0 200\n"))
+        lambda: write_classes(root, "sand\nocean 0 0 200"))
     stamps = set()
     for change in changes:
         change()
         stamps.add(data.Pairs(root, size=32).stamp())
         assert data.Pairs(root, size=32).stamp() in stamps
-    assert len(stamps) == 6
+    assert len(stamps) == 5
 
 
 # batches

@@ -204,6 +204,8 @@ def open_image(path, decode=True):
     decode=False: the file is only checked, which for PNG is faster. Raises InputError unless it is
     a whole image of 8 x 8 to 64 Mpixel.
     """
+    if os.path.isdir(path):
+        raise InputError(f"{path}: a folder, not an image file")
     try:
         with Image.open(path) as image:  # reads the header only
             w, h = image.size
@@ -270,13 +272,12 @@ def read_layout(path, dataset):
         label = colour_table(classes)[pack(pixels)]
         wanted = "its own RGB colours as PNG, resized by nearest, or ids in a single channel"
     elif image.format != "JPEG" and image.mode in ("1", "L", "P", "I", "I;16", "I;16B"):
-        ids = pixels.astype(int)
-        ids[ids == -1] = IGNORE  # Cityscapes' license plate
+        ids = np.where(pixels == -1, IGNORE, pixels)  # -1: Cityscapes' license plate
         table = choose_ids(ids, classes, Path(path).name)
         if image.mode == "P":
             table = choose_colours(image, ids[~clear], table, classes, path)
-        inside = ids.clip(0, 255)
-        label = np.where(inside == ids, table[inside], -1)
+        label = table[ids.clip(0, 255)]
+        label[(ids < 0) | (ids > 255)] = -1
         wanted = f"ids 0-{np.flatnonzero(table[:IGNORE] >= 0).max()}, 255 for void"
     else:
         raise InputError(f"{path}: {image.format} of mode {image.mode} holds no layout: save 8-bit "
@@ -291,9 +292,9 @@ def read_layout(path, dataset):
 
 
 def find_transparent(image, path):
-    """-> bool [H,W]: pixels that an alpha channel or PNG's tRNS chunk hides."""
+    """-> bool [H,W], or a single False: pixels that an alpha channel or PNG's tRNS chunk hides."""
     if not image.has_transparency_data:
-        return np.zeros(image.size[::-1], bool)
+        return np.False_
     alpha = np.asarray(image.convert("RGBA").getchannel("A"))
     half = np.count_nonzero((alpha > 0) & (alpha < 255))
     if half:
@@ -1024,9 +1025,9 @@ class Pairs(Scenes):
                     self.shapes[name] = shape
         self.names = list(self.shapes)
         if broken:
-            some = "\n  ".join(broken[:5])
-            report = (f"{root}: {len(broken)} of {len(names)} pairs of {split} are broken; mend "
-                      f"them, or leave them out with --skip-broken:\n  {some}")
+            report = "\n  ".join([
+                f"{root}: {len(broken)} of {len(names)} pairs of {split} are broken",
+                *broken[:5], "mend them, or leave them out with --skip-broken"])
             if not skip_broken or not self.names:
                 raise InputError(report)
             print(report, file=sys.stderr)

@@ -1531,7 +1531,7 @@ def test_read_layout_refuses_files_that_are_no_images(tmp_path):
     Image.new("1", (14000, 14000)).save(tmp_path / "bomb.png")
     Image.new("CMYK", (16, 16)).save(tmp_path / "cmyk.jpg")
     save(tmp_path / "grey.jpg", noise)
-    for name, word in (("none.png", "No such file"), ("folder", "directory"), ("empty.png", ""),
+    for name, word in (("none.png", "No such file"), ("folder", "a folder"), ("empty.png", ""),
                        ("cut.png", "image"), ("flipped.png", "image"), ("small.png", "20 x 7"),
                        ("bomb.png", "64 Mpixel"), ("cmyk.jpg", "CMYK"), ("grey.jpg", "mode L")):
         text = refuses_with(lambda: data.read_layout(tmp_path / name, "toy"), name, word)

@@ -27,7 +27,6 @@ import threading
 import time
 import types
 import weakref
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 

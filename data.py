@@ -1,7 +1,7 @@
 """Data: class tables, layout files, image/label pairs on disk, the toy world, captions, batches.
 
 A layout is a label map, int64 [H,W]: class ids 0..N-1, and 255 where nothing is known (void). Every
-dataset yields the same dict (see `read_item`), and an item is a pure function of its key, so that a
+dataset yields the same dict (see `Scenes`), and an item is a pure function of its key, so that a
 resumed run sees the very same batches.
 
     python data.py --show world.png          eight layouts of the toy world in its five domains
@@ -10,7 +10,7 @@ resumed run sees the very same batches.
 import os
 import signal
 
-if __name__ == "__main__":                       # Ctrl-C while the slow imports run
+if __name__ == "__main__":  # Ctrl-C while the slow imports run
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
@@ -18,7 +18,6 @@ import colorsys
 import contextlib
 import functools
 import hashlib
-import io
 import itertools
 import json
 import re
@@ -33,11 +32,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
-IGNORE = 255                                     # the void label: no class, no loss
-MAX_PIXELS = 64 * 2**20                          # a larger image is refused before it is decoded
+IGNORE = 255  # the void label: no class, no loss
+MAX_PIXELS = 64 * 2**20  # a larger image is refused before it is decoded
 ASSETS = Path(__file__).parent / "assets"
-PICTURES = ".png", ".jpg", ".jpeg"               # the suffixes of image files, in any case
-Image.MAX_IMAGE_PIXELS = None                    # open_image has a limit of its own
+PICTURES = ".png", ".jpg", ".jpeg"  # the suffixes of image files, in any case
+Image.MAX_IMAGE_PIXELS = None  # open_image has a limit of its own
 warnings.filterwarnings("ignore", "This process.*use of fork", DeprecationWarning)  # DataLoader's
 
 
@@ -50,26 +49,17 @@ def refuse(message):
     raise InputError(message)
 
 
-def check_name(path):
-    """Raises InputError for a name that is not UTF-8: caption files and messages cannot hold it."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        readable = os.fsencode(path).decode(errors="replace")
-        raise InputError(f"{readable}: a name that is not UTF-8: rename it") from None
-
-
-# -- class tables
+# -- class tables ----------------------------------------------------------------------------------
 
 @dataclass(frozen=True, eq=False)
 class Classes:
     """What the ids and the colours in a dataset's label files mean. N classes."""
-    key: str                                     # "toy", "cityscapes", "ade20k", "coco", a folder
-    names: tuple                                 # N str
-    palette: np.ndarray                          # uint8 [N,3]; of twins, the first is read
-    ade: tuple                                   # N str or None: the nearest class of ADE20K
-    file_ids: np.ndarray                         # int16 [256]: id in a file -> class, 255, -1: none
-    void: np.ndarray                             # uint8 [M,3]: the colours of void, black first
+    key: str  # "toy", "cityscapes", "ade20k", "coco", or a folder
+    names: tuple  # N str
+    palette: np.ndarray  # uint8 [N,3]; of twins, the first is read
+    ade: tuple  # N str or None: the nearest class of ADE20K
+    file_ids: np.ndarray  # int16 [256]: id in a file -> class, 255 for void, -1 for no such id
+    void: np.ndarray  # uint8 [M,3]: the colours of void, black first
 
 
 def split_key(data):
@@ -97,38 +87,36 @@ def class_table(data):
 
 @functools.cache
 def published_classes(key):
-    name = "cityscapes" if key == "toy" else key           # the toy world speaks Cityscapes
+    name = "cityscapes" if key == "toy" else key  # the toy world speaks Cityscapes
     return read_classes(ASSETS / f"{name}.txt", key)
 
 
-# A class's line: `name` or `name R G B` between spaces, or with one of , ; : and tabs in between;
-# other tools put the id first, and an alpha of 255 last (here only where commas show what it is).
-SPACED = re.compile(r"(?:(\d+) +)?(\S.*?)(?: +(\d+) +(\d+) +(\d+))?")
-SEPARATED = re.compile(r"(?:(\d+) *[,;:\t] *)?([^,;:\t]+?)(?: *[,;:\t] *"
-                       r"(\d+)[ ,;:\t]+(\d+)[ ,;:\t]+(\d+)(?:[ ,;:\t]+255)?)?[ ,;:\t]*")
-HEADER = re.compile(r"((id|index) )?(name|class|label)( (r|red) (g|green) (b|blue)( (a|alpha))?)?")
+HEADER = re.compile(r"((id|index)\W)?(name|class|label)(\Wr(ed)?\Wg(reen)?\Wb(lue)?)?", re.I)
+SPACED = re.compile(r"(\d+ )?(.*?)((?: +[-.\d]+){2,})?")  # id, name, numbers
+CLASS = re.compile(r"(?:(\d+),)?([^,#]*[^\W\d][^,#]*)(?:,(\d+)[ ,]+(\d+)[ ,]+(\d+)(?:,255)?)?")
 
 
 def parse_class(line, file_id):
     """A class's line, the id that it has by its place -> name, colour (R, G, B) or None.
 
-    Raises ValueError with the reason where the line's meaning is not plain.
+    Fields are set apart by spaces, or by some of , ; : and tabs; other tools write the id first, or
+    an alpha of 255 last. Raises ValueError where the meaning is not plain.
     """
-    form = SEPARATED if re.search(r"[,;:\t]", line) else SPACED
-    found = form.fullmatch(line.replace('"', ""))
+    line = line.replace('"', "")
+    fields = re.split("[,;:\t]", line)
+    if len(fields) == 1:
+        fields = SPACED.fullmatch(line).groups("")
+    found = CLASS.fullmatch(",".join(field.strip() for field in fields if field.strip()))
     if found is None:
-        raise ValueError("not `name` or `name R G B`")
+        raise ValueError("wanted is `name`, `name R G B` or `name, R, G, B`")
     given_id, name, *colour = found.groups()
-    colour = tuple(int(v) for v in colour) if colour[0] else None
-    if given_id is not None and int(given_id) != file_id:
+    if given_id and int(given_id) != file_id:
         raise ValueError(f"id {given_id} in the place of id {file_id}; `void` fills gaps")
-    if colour and max(colour) > 255:
+    if colour[0] is None:
+        return name, None
+    colour = tuple(int(value) for value in colour)
+    if max(colour) > 255:
         raise ValueError("colours are numbers in 0..255")
-    # "platform 9" is a name; but where does it end in "road 128 64", or in "platform 9 1 2 3"?
-    numbers = re.search(r"( +[-.\d]+)*$", name)[0].split()
-    allowed = 0 if colour and form is SPACED else 1
-    if len(numbers) > allowed or "#" in name or not re.search(r"[^\W\d]", name):
-        raise ValueError("not `name` or `name R G B`, or with commas `name, R, G, B`")
     return name, colour
 
 
@@ -146,74 +134,69 @@ def read_classes(path, key):
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
     lines = [(number, line) for number, line in lines if line and line[0] != "#"]
-    if lines and HEADER.fullmatch(" ".join(re.split(r"[\s,;:]+", lines[0][1])).lower()):
+    if lines and HEADER.fullmatch(lines[0][1]):
         lines = lines[1:]
-    if len(lines) > 255:
-        raise InputError(f"{path}: {len(lines)} classes, where a layout file can hold 255")
-    names, colours, nearest = [], [], []
-    void = [(0, 0, 0)]
-    file_ids = np.full(256, -1, np.int16)
-    file_ids[IGNORE] = IGNORE
-    for file_id, (number, line) in enumerate(lines):
+    ids, names, colours, neighbours, void = [], [], [], [], []
+    for number, line in lines:
         entry, _, neighbour = (part.strip() for part in line.partition("="))
         try:
-            name, colour = parse_class(entry, file_id)
+            name, colour = parse_class(entry, len(ids))
         except ValueError as error:
             raise InputError(f"{path}, line {number}: {line!r}: {error}") from None
-        if neighbour and neighbour not in class_table("ade20k").names:
-            raise InputError(f"{path}, line {number}: ADE20K has no class {neighbour!r}")
         if name.lower() == "void":
-            file_ids[file_id] = IGNORE
+            ids.append(IGNORE)
             if colour:
                 void.append(colour)
-            continue
-        file_ids[file_id] = len(names)
-        names.append(name)
-        colours.append(colour)
-        nearest.append(neighbour or name)
-    if not names:
-        raise InputError(f"{path}: no classes in there: write a name per line")
-    twins = [name for name, c in zip(names, colours) if c and (colours + void[1:]).count(c) > 1]
-    if twins and key != "ade20k":                # which publishes road and skyscraper in one colour
+        else:
+            ids.append(len(names))
+            names.append(name)
+            colours.append(colour)
+            neighbours.append(neighbour)
+    if not names or len(ids) > 255:
+        raise InputError(f"{path}: {len(names)} classes on {len(ids)} lines: wanted are 1 to 255")
+    twins = [name for name, c in zip(names, colours) if c and (colours + void).count(c) > 1]
+    if twins and key != "ade20k":  # which publishes road and skyscraper in one colour
         raise InputError(f"{path}: {', '.join(twins)} share colours: give each its own, or none")
     known = names if key == "ade20k" else class_table("ade20k").names
+    missing = set(neighbours) - {"", *known}
+    if missing:
+        raise InputError(f"{path}: ADE20K has no classes {missing}")
+    nearest = [neighbour or name for name, neighbour in zip(names, neighbours)]
     ade = tuple(name if name in known else None for name in nearest)
-    palette = np.array(fill_colours(colours), np.uint8)
-    void = np.unique(void, axis=0).astype(np.uint8)
+    fresh = fresh_colours(colours + void)
+    palette = np.array([colour or next(fresh) for colour in colours], np.uint8)
+    file_ids = np.array(ids + [-1] * (255 - len(ids)) + [IGNORE], np.int16)
+    void = np.unique([(0, 0, 0), *void], axis=0).astype(np.uint8)
     return Classes(key, tuple(names), palette, ade, file_ids, void)
 
 
-def fill_colours(colours):
-    """Replaces each None by a colour that no other class has."""
-    filled = list(colours)
-    turn = itertools.count()
-    for i, colour in enumerate(colours):
-        while filled[i] is None:
-            k = next(turn)                       # the golden ratio keeps neighbours' hues apart
-            saturation = (0.9, 0.55, 0.75)[k % 3]
-            value = (0.95, 0.75, 0.5, 0.85)[k % 4]
-            rgb = colorsys.hsv_to_rgb(k * 0.618034 % 1, saturation, value)
-            fresh = tuple(int(255 * v) for v in rgb)
-            if fresh not in colours:
-                filled[i] = fresh
-    return filled
+def fresh_colours(taken):
+    """Yields colours that are not in `taken`; the golden ratio keeps neighbours' hues apart."""
+    for k in itertools.count():
+        saturation = (0.9, 0.55, 0.75)[k % 3]
+        value = (0.95, 0.75, 0.5, 0.85)[k % 4]
+        rgb = colorsys.hsv_to_rgb(k * 0.618034 % 1, saturation, value)
+        colour = tuple(int(255 * v) for v in rgb)
+        if colour not in taken:
+            yield colour
 
 
 def classes_text(classes):
     """The text of a classes.txt by which `class_table` knows these classes again, as ids 0..N-1."""
-    lines, seen = [], set()
-    for name, colour, ade in zip(classes.names, classes.palette.tolist(), classes.ade):
-        line = name
-        if tuple(colour) not in seen:            # of twins, the first keeps the colour
-            line += ", " + ", ".join(map(str, colour))
-        if ade not in (None, name):
-            line += f" = {ade}"
-        seen.add(tuple(colour))
+    _, first = np.unique(classes.palette, axis=0, return_index=True)  # of twins, one has the colour
+    lines = []
+    for c, name in enumerate(classes.names):
+        fields = [name]
+        if c in first:
+            fields += map(str, classes.palette[c])
+        line = ", ".join(fields)
+        if classes.ade[c] not in (None, name):
+            line += f" = {classes.ade[c]}"
         lines.append(line + "\n")
     return "".join(lines)
 
 
-# -- image files
+# -- image files -----------------------------------------------------------------------------------
 
 def open_image(path, decode=True):
     """An image file -> PIL.Image in the file's own mode, turned as EXIF says.
@@ -224,25 +207,20 @@ def open_image(path, decode=True):
     if os.path.isdir(path):
         raise InputError(f"{path}: a folder, not an image file")
     try:
-        with Image.open(path) as image:          # reads the header only
+        with Image.open(path) as image:  # reads the header only
             w, h = image.size
             if min(w, h) < 8 or w * h > MAX_PIXELS:
-                limit = MAX_PIXELS >> 20
-                raise InputError(f"{path}: {w} x {h} pixels; wanted are 8 x 8 to {limit} Mpixel")
+                raise ValueError(f"{w} x {h} pixels; wanted are 8 x 8 to {MAX_PIXELS >> 20} Mpixel")
             may_turn = image.format != "PNG" or "exif" in image.info
             if decode or may_turn:
                 image.load()
             else:
                 image.verify()
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Exception as error:                   # for a broken file PIL raises nearly anything
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise InputError(f"{path}: not an image that can be read ({reason})") from None
+    except Exception as error:  # for a broken file PIL raises nearly anything
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read as an image: {reason}") from None
     if may_turn:
-        with contextlib.suppress(Exception):     # broken EXIF says nothing of the picture
+        with contextlib.suppress(Exception):  # broken EXIF says nothing of the picture
             ImageOps.exif_transpose(image, in_place=True)
     return image
 
@@ -259,23 +237,29 @@ def read_image(path):
 def find_images(folder, pattern="*", suffixes=(".png",)):
     """-> sorted list of the image files in a folder, without hidden ones; suffixes in any case.
 
-    pattern: as in Path.glob, without the suffix. Raises InputError for names that are not UTF-8.
+    pattern: as in Path.glob, without the suffix. Raises InputError for names that are not UTF-8,
+    which caption files cannot hold.
     """
-    files = sorted(f for f in Path(folder).glob(pattern + ".*")
-                   if f.suffix.lower() in suffixes and f.name[0] != ".")
-    for file in files:
-        check_name(file)
+    files = []
+    for file in sorted(Path(folder).glob(pattern + ".*")):
+        if file.suffix.lower() not in suffixes or file.name[0] == ".":
+            continue
+        try:
+            file.name.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{str(file)!a}: a name that is not UTF-8: rename it") from None
+        files.append(file)
     return files
 
 
-# -- layout files
+# -- layout files ----------------------------------------------------------------------------------
 
 def read_layout(path, dataset):
     """A layout file -> label int64 [H,W], 255 = void.
 
     dataset: a key, a folder with classes.txt, or a Classes. Taken are ids in one channel (those of
     the dataset's own files, and -1 and 255 for void; see `choose_ids` for Cityscapes' two kinds),
-    colours in RGB or RGBA, and palette PNGs (see `match_palette`). Black and transparent are void.
+    colours in RGB or RGBA, and palette PNGs (see `choose_colours`). Black and transparent are void.
     Raises InputError for anything else.
     """
     classes = dataset if isinstance(dataset, Classes) else class_table(dataset)
@@ -284,39 +268,34 @@ def read_layout(path, dataset):
     if image.mode in ("LA", "RGBA"):
         image = image.convert(image.mode[:-1])
     pixels = np.asarray(image)
-    lossy = image.format == "JPEG"
     if image.mode == "RGB":
-        label, unknown = match_colours(pixels, classes)
-        unknown &= ~clear
-        if unknown.any():
-            raise InputError(f"{path}: {explain_colours(pixels, unknown, classes, lossy)}")
-    elif lossy or image.mode.split(";")[0] not in ("1", "L", "P", "I"):
+        label = colour_table(classes)[pack(pixels)]
+        wanted = "its own RGB colours as PNG, resized by nearest, or ids in a single channel"
+    elif image.format != "JPEG" and image.mode in ("1", "L", "P", "I", "I;16", "I;16B"):
+        ids = np.where(pixels == -1, IGNORE, pixels)  # -1: Cityscapes' license plate
+        table = choose_ids(ids, classes, Path(path).name)
+        if image.mode == "P":
+            table = choose_colours(image, ids[~clear], table, classes, path)
+        label = table[ids.clip(0, 255)]
+        label[(ids < 0) | (ids > 255)] = -1
+        wanted = f"ids 0-{np.flatnonzero(table[:IGNORE] >= 0).max()}, 255 for void"
+    else:
         raise InputError(f"{path}: {image.format} of mode {image.mode} holds no layout: save 8-bit "
                          "ids or RGB colours as PNG")
-    else:
-        ids = pixels.astype(np.uint8) if pixels.dtype == bool else pixels
-        table = choose_ids(ids, classes, Path(path).name)
-        label = match_ids(ids, table)
-        if image.mode == "P":
-            label = match_palette(image, ids, clear, table, classes, path)
-        unknown = (label < 0) & ~clear
-        if unknown.any():
-            raise InputError(f"{path}: {explain_ids(ids[unknown], table, classes)}")
+    unknown = (label < 0) & ~clear
+    if unknown.any():
+        values, counts = np.unique(pixels[unknown], axis=0, return_counts=True)
+        most = values[counts.argmax()].tolist()
+        raise InputError(f"{path}: {unknown.sum()} pixels are no class of {classes.key}, most "
+                         f"often {most}: wanted are {wanted}")
     return torch.from_numpy(np.where(clear, IGNORE, label).astype(np.int64))
 
 
 def find_transparent(image, path):
     """-> bool [H,W], or a single False: pixels that an alpha channel or PNG's tRNS chunk hides."""
-    if image.mode in ("LA", "RGBA"):
-        alpha = np.asarray(image.getchannel("A"))
-    elif isinstance(image.info.get("transparency"), bytes):          # alpha of each palette entry
-        entries = image.info["transparency"].ljust(256, b"\xff")
-        alpha = np.frombuffer(entries, np.uint8)[np.asarray(image)]
-    elif "transparency" in image.info:                               # one id, or one colour
-        hidden = np.asarray(image) == np.array(image.info["transparency"])
-        return hidden.all(-1) if image.mode == "RGB" else hidden
-    else:
-        return np.zeros((), bool)
+    if not image.has_transparency_data:
+        return np.False_
+    alpha = np.asarray(image.convert("RGBA").getchannel("A"))
     half = np.count_nonzero((alpha > 0) & (alpha < 255))
     if half:
         raise InputError(f"{path}: {half} pixels are half transparent: save it opaque (alpha 255)")
@@ -339,93 +318,49 @@ def choose_ids(ids, classes, name):
     return np.array([*range(19), *[-1] * 236, IGNORE], np.int16)
 
 
-def match_ids(ids, table):
-    """Integers [H,W] -> class of each pixel int16 [H,W], 255 for void, -1 for no such id."""
-    if ids.dtype == np.uint8:
-        return table[ids]
-    ids = np.where(ids == -1, IGNORE, ids)       # Cityscapes' license plate
-    inside = (ids >= 0) & (ids < 256)
-    return np.where(inside, table[ids.clip(0, 255)], -1)
-
-
 def pack(rgb):
     """uint8 [...,3] -> int32 [...], one number for each colour."""
     r, g, b = np.moveaxis(np.asarray(rgb, np.int32), -1, 0)
     return r << 16 | g << 8 | b
 
 
-def match_colours(rgb, classes):
-    """uint8 [...,3] -> class int16 [...], 255 for void; bool [...]: where the colour is unknown."""
-    table = {code: IGNORE for code in pack(classes.void).tolist()}
-    codes = pack(classes.palette).tolist()
-    for c in reversed(range(len(codes))):        # so that the first of two twins stays
-        table[codes[c]] = c
-    known = np.array(sorted(table))
-    meaning = np.array([table[code] for code in known.tolist()], np.int16)
-    code = pack(rgb)
-    at = np.searchsorted(known, code).clip(max=len(known) - 1)
-    return meaning[at], known[at] != code
+@functools.lru_cache(maxsize=2)
+def colour_table(classes):
+    """-> int16 [2**24]: the class of each colour, by its number; 255 for void, -1 for none."""
+    table = np.full(2**24, -1, np.int16)
+    table[pack(classes.void)] = IGNORE
+    for c in reversed(range(len(classes.names))):  # so that the first of two twins stays
+        table[pack(classes.palette[c])] = c
+    return table
 
 
-def match_palette(image, ids, clear, table, classes, path):
-    """A palette image and its ids uint8 [H,W] -> class int16 [H,W], -1 for no such id.
+def choose_colours(image, ids, table, classes, path):
+    """A palette image, its ids in sight -> the table that they follow, as Classes.file_ids.
 
-    It holds ids, unless its colours are the dataset's and say something else: then these count, as
-    image editors and quantisers number colours anew. Raises InputError where half of its colours or
-    more are, or are within 8 of, the classes' and say something else, but not all the dataset's.
+    That is the one given, unless the palette's colours are the dataset's and say something else:
+    then these count, as image editors and quantisers number colours anew. Raises InputError where
+    half of its colours or more are, or are within 8 of, the classes' and say something else, but
+    not all the dataset's.
     """
-    used = np.unique(ids[~np.broadcast_to(clear, ids.shape)])
     palette = np.array(image.getpalette("RGB") + [0] * 768)[:768].reshape(256, 3)
-    colours, by_id = palette[used], table[used]
-    by_colour, unknown = match_colours(colours, classes)
-    to_classes = measure_distances(colours, classes.palette)         # [n,N]
-    to_own = to_classes[np.arange(len(used)), by_id.clip(0, len(classes.names) - 1)]
-    to_own[(by_id < 0) | (by_id == IGNORE)] = 255
-    meaning = table.copy()
-    if unknown.any():
-        to_void = measure_distances(colours, classes.void).min(1)
-        to_class = to_classes.min(1)
-        tells = (to_class < to_void) | (to_void > 8)                 # void says nothing either way
-        near = tells & (to_class <= 8)
-        if 2 * near.sum() >= tells.sum() and (to_own[near] > 8).any():
-            off = ", ".join(str(tuple(c)) for c in colours[unknown][:4].tolist())
-            raise InputError(f"{path}: its palette is {classes.key}'s in another order, but for "
-                             f"{off}: mend these colours, or save ids in a single channel")
-    elif (by_colour != IGNORE).any():            # else all is black: a palette that was never set
-        meaning[used] = np.where(to_own == 0, by_id, by_colour)
-    return meaning[ids]
-
-
-def measure_distances(a, b):
-    """Colours [n,3] and [m,3] -> [n,m]: by how much the channel differs that differs most."""
-    return np.abs(a[:, None].astype(int) - b.astype(int)).max(-1)
-
-
-def explain_ids(ids, table, classes):
-    """Unknown ids [n] -> a line that says which they are, and which are valid."""
-    values, counts = np.unique(ids, return_counts=True)
-    some = ", ".join(f"{v} ({n} pixels)" for v, n in zip(values[:4], counts))
-    valid = np.flatnonzero(table >= 0)
-    runs = np.split(valid, np.flatnonzero(np.diff(valid) > 1) + 1)
-    spans = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
-    return f"ids that {classes.key} does not have: {some}; valid are {spans}"
-
-
-def explain_colours(rgb, unknown, classes, lossy):
-    """Says what is wrong with a picture whose colours are not all the dataset's, and why."""
-    if not match_colours(rgb[..., ::-1], classes)[1].any():
-        return f"its colours are {classes.key}'s with red and blue swapped (BGR, as of OpenCV)"
-    codes, counts = np.unique(pack(rgb)[unknown], return_counts=True)
-    code = int(codes[counts.argmax()])
-    most = code >> 16, code >> 8 & 255, code & 255
-    palette = classes.palette.astype(int)
-    nearest = np.square(palette - most).sum(1).argsort(kind="stable")[:3]
-    text = (f"{unknown.sum()} pixels have colours that {classes.key} does not have, most often "
-            f"{most} ({counts.max()} pixels; nearest are "
-            f"{', '.join(classes.names[c] for c in nearest)}): ")
-    if lossy or len(codes) > 2 * len(palette):
-        return text + "JPEG and smooth resizing make such: save as PNG, resize by nearest"
-    return text + "use the dataset's own colours, or ids in a single channel"
+    used = np.unique(ids)
+    colours = palette[used]
+    by_id = table[used]
+    by_colour = colour_table(classes)[pack(colours)]
+    expected = np.full((256, 3), 999)  # the colour of each class; none for void and for no class
+    expected[:len(classes.names)] = classes.palette
+    off = np.abs(colours - expected[by_id]).max(-1)  # by how much the worst channel is off
+    tells = by_colour != IGNORE
+    if tells.any() and (by_colour >= 0).all():
+        table = table.copy()
+        table[used] = np.where(off == 0, by_id, by_colour)
+        return table
+    near = tells & (np.abs(colours[:, None] - expected).max(-1).min(1) <= 8)
+    if 2 * near.sum() >= tells.sum() and (off[near] > 8).any():
+        strange = ", ".join(str(tuple(colour)) for colour in colours[by_colour < 0][:4].tolist())
+        raise InputError(f"{path}: its palette is {classes.key}'s in another order, but for "
+                         f"{strange}: mend these colours, or save ids in a single channel")
+    return table
 
 
 def colorize(label, dataset):
@@ -436,7 +371,7 @@ def colorize(label, dataset):
     return Image.fromarray(palette[np.asarray(label)])
 
 
-# -- captions
+# -- captions --------------------------------------------------------------------------------------
 
 def join_words(words):
     """["a", "b", "c"] -> "a, b and c"."""
@@ -462,19 +397,18 @@ def read_captions(root, split, path=None):
     annotations/captions_{split}2017.json. Names may carry the image's suffix. Raises InputError.
     """
     places = (f"captions_{split}.json", "captions.json", f"annotations/captions_{split}2017.json")
-    files = [Path(root) / place for place in places if (Path(root) / place).is_file()]
+    files = [Path(root, place) for place in places if Path(root, place).is_file()]
     if path:
         files = [Path(path)]
     if not files:
         return {}
     try:
-        captions = json.loads(files[0].read_text("utf-8-sig"))
-        if isinstance(captions, dict) and {"images", "annotations"} <= captions.keys():
-            captions = group_coco_captions(captions)
-        json.dumps(captions, ensure_ascii=False).encode()            # (half a surrogate pair fails)
-        if not isinstance(captions, dict) or not all(map(is_caption, captions.values())):
-            raise ValueError("not an object of strings, or lists of strings")
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        content = json.loads(files[0].read_text("utf-8-sig"))
+        captions = group_by_image(content) if "annotations" in content else content
+        json.dumps(captions, ensure_ascii=False).encode()  # (half a surrogate pair fails)
+        if not all(map(is_caption, captions.values())):
+            raise ValueError("a caption is a string, or a list of strings")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{files[0]}: captions cannot be read ({error}): wanted is UTF-8 JSON, "
                          "{name: caption}") from None
     return {strip_suffix(name): caption for name, caption in captions.items()}
@@ -485,12 +419,7 @@ def is_caption(value):
     return all(isinstance(text, str) for text in texts)
 
 
-def strip_suffix(name):
-    """"val/p0.png" -> "p0"; a name without an image's suffix stays as it is."""
-    return Path(name).stem if Path(name).suffix.lower() in PICTURES else name
-
-
-def group_coco_captions(content):
+def group_by_image(content):
     """COCO's captions_*.json -> {file name: list of captions}."""
     names = {image["id"]: image["file_name"] for image in content["images"]}
     captions = {}
@@ -500,9 +429,14 @@ def group_coco_captions(content):
     return captions
 
 
-# -- the toy world: streets in five kinds of weather, for training in minutes and for the tests
+def strip_suffix(name):
+    """"val/p0.png" -> "p0"; a name without an image's suffix stays as it is."""
+    return Path(name).stem if Path(name).suffix.lower() in PICTURES else name
 
-SIDE = 64                                        # its pictures are 64 x 64 pixels
+
+# -- the toy world: streets in five kinds of weather, for training in minutes and for the tests ----
+
+SIDE = 64  # its pictures are 64 x 64 pixels
 DOMAINS = "day", "night", "fog", "snow", "rain"
 PHRASES = {"day": ("on a clear day", "in daylight", "on a sunny day"),
            "night": ("at night", "in the dark"),
@@ -511,22 +445,28 @@ PHRASES = {"day": ("on a clear day", "in daylight", "on a sunny day"),
            "rain": ("in rain", "on a rainy day")}
 PAINTS = {"red": (205, 35, 35), "blue": (40, 80, 215), "white": (236, 236, 236),
           "black": (34, 34, 40), "yellow": (232, 200, 40), "green": (30, 140, 70)}
-COATS = [rgb for name, rgb in PAINTS.items() if name != "white"]     # white is lost in the snow
+COATS = [rgb for name, rgb in PAINTS.items() if name != "white"]  # white is lost in the snow
 COATS.append((150, 70, 170))
 WALLS = {"brick": (158, 84, 62), "grey": (138, 138, 144), "beige": (206, 186, 150),
          "pink": (212, 146, 156)}
-SKIES = {"day": ((70, 132, 222), (198, 220, 242)),                   # zenith, horizon
+SKIES = {"day": ((70, 132, 222), (198, 220, 242)),  # zenith, horizon
          "night": ((8, 10, 28), (34, 36, 66)),
          "fog": ((176, 181, 188), (190, 194, 198)),
          "snow": ((176, 184, 200), (212, 216, 224)),
          "rain": ((84, 92, 108), (140, 146, 156))}
-ROAD, SIDEWALK, BUILDING, POLE, SIGN = 0, 1, 2, 5, 7                 # Cityscapes' train ids
+ROAD, SIDEWALK, BUILDING, POLE, SIGN = 0, 1, 2, 5, 7  # Cityscapes' train ids
 VEGETATION, TERRAIN, SKY, PERSON, CAR = 8, 9, 10, 11, 13
 IS_GROUND = np.isin(np.arange(256), (ROAD, SIDEWALK, TERRAIN))
 IS_SMALL = np.isin(np.arange(256), (PERSON, CAR, POLE, SIGN))
-AT_NIGHT = np.ones(256, np.float32)              # how much of its daylight a class keeps
+AT_NIGHT = np.ones(256, np.float32)  # how much of its daylight a class keeps
 AT_NIGHT[[ROAD, SIDEWALK, TERRAIN, BUILDING, VEGETATION]] = 0.38, 0.42, 0.36, 0.40, 0.40
-AT_NIGHT[[PERSON, CAR, POLE, SIGN]] = 0.72, 0.66, 0.62, 0.80         # small things stay in sight
+AT_NIGHT[[PERSON, CAR, POLE, SIGN]] = 0.72, 0.66, 0.62, 0.80  # small things stay in sight
+IN_FOG = np.where(IS_SMALL, 0.85, 1)  # how much of the fog is seen before it
+IN_FOG[SKY] = 0
+IN_SNOW = np.where(IS_GROUND, 0.86, 0.06)  # how much of it is white
+IN_SNOW[[ROAD, TERRAIN]] = 0.5, 0.72
+IN_RAIN = np.zeros(256)  # how much it is a mirror
+IN_RAIN[[ROAD, SIDEWALK]] = 0.5, 0.3
 YY, XX = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)
 
 
@@ -542,8 +482,7 @@ def toy_scene(seed, domain="day"):
     paint_ground(street)
     car = paint_things(street)
     image = WEATHER[domain](street, street.shade_ground())
-    label = street.label.copy()
-    cover_with_void(street, label)
+    label = cover_with_void(street)
     caption = describe(street, label, walls, car)
     return image.clip(0, 255).astype(np.uint8), label, caption
 
@@ -558,20 +497,20 @@ class Street:
 
     def __init__(self, seed, domain):
         self.domain = domain
-        self.rng = np.random.default_rng(seed)                       # layout and colours
-        self.look = np.random.default_rng((seed, DOMAINS.index(domain)))         # weather
-        self.chance = self.rng.random                                # uniform in [0,1)
+        self.rng = np.random.default_rng(seed)  # layout and colours
+        self.look = np.random.default_rng((seed, DOMAINS.index(domain)))  # weather
+        self.chance = self.rng.random  # uniform in [0,1)
         self.horizon = int(self.rng.integers(25, 35))
         self.vanish = int(self.rng.integers(20, 45))
         self.depth = SIDE - self.horizon
-        zenith, low = (np.array(colour, np.float32) for colour in SKIES[domain])
+        zenith, low = np.array(SKIES[domain], np.float32)
         k = (YY / self.horizon).clip(0, 1)[..., None]
         sky = zenith * (0.9 + 0.2 * self.chance()) * (1 - k) + low * k
         self.canvases = [
-            Image.fromarray(sky.astype(np.uint8)),                   # colour
-            Image.new("RGB", (SIDE, SIDE)),                          # light that shines by itself
-            Image.new("L", (SIDE, SIDE), SKY),                       # class
-            Image.new("L", (SIDE, SIDE), 255)]                       # distance, for the fog
+            Image.fromarray(sky.astype(np.uint8)),  # colour
+            Image.new("RGB", (SIDE, SIDE)),  # light that shines by itself
+            Image.new("L", (SIDE, SIDE), SKY),  # class
+            Image.new("L", (SIDE, SIDE), 255)]  # distance, for the fog
         self.pens = [ImageDraw.Draw(canvas) for canvas in self.canvases]
 
     def paint(self, shape, xy, colour, what=(), glow=(0, 0, 0)):
@@ -586,6 +525,11 @@ class Street:
         """edges: left, top, right and lower end, in radii r from (x, y)."""
         left, top, right, low = (r * edge for edge in edges)
         self.paint("ellipse", [x + left, y + top, x + right, y + low], *how)
+
+    def trapezoid(self, x, y0, half0, y1, half1, *how):
+        """half0 to the left and right of x at y0, half1 at y1."""
+        xy = [(x - half0, y0), (x - half1, y1), (x + half1, y1), (x + half0, y0)]
+        self.paint("polygon", xy, *how)
 
     def strip(self, x0, x1, d0, d1, *how):
         """A strip of the ground plane from X = x0 to x1 and from closeness d0 to d1."""
@@ -605,14 +549,12 @@ class Street:
     def shade_ground(self):
         """Ends the painting: sets .label, .ground and .small (bool), .far -> image float32."""
         image, self.light, self.label, far = (np.asarray(canvas) for canvas in self.canvases)
-        self.ground = IS_GROUND[self.label]
-        self.small = IS_SMALL[self.label]
+        self.ground = IS_GROUND[self.label][..., None]
+        self.small = IS_SMALL[self.label][..., None]
         d = ((YY - self.horizon) / self.depth).clip(0, 1)[..., None]
-        ground = self.ground[..., None]
-        self.far = np.where(ground, 0.9 * (1 - d) ** 1.5, far.astype(np.float32)[..., None] / 255)
-        image = image.astype(np.float32)
-        image *= np.where(ground, 1.1 - 0.2 * d, 1)
-        return image
+        far = far.astype(np.float32)[..., None] / 255
+        self.far = np.where(self.ground, 0.9 * (1 - d) ** 1.5, far)
+        return image.astype(np.float32) * np.where(self.ground, 1.1 - 0.2 * d, 1)
 
 
 def tone(colour, k):
@@ -637,26 +579,26 @@ def paint_sky(street):
 
 def paint_buildings(street):
     """Buildings along the horizon, taller towards the frame's edges -> the walls' name."""
-    rng, chance = street.rng, street.chance
-    h = street.horizon
+    rng, chance, horizon = street.rng, street.chance, street.horizon
     kinds = list(WALLS)
     usual = kinds[rng.integers(4)]
     x = -int(rng.integers(0, 6))
     while x < SIDE:
         w = int(rng.integers(9, 20))
         side = abs(x + w / 2 - street.vanish) / 32
-        top = int(h - 8 - rng.integers(0, 9) - side * 14 * chance())
+        top = int(horizon - 8 - rng.integers(0, 9) - side * 14 * chance())
         kind = usual if chance() < 0.75 else kinds[rng.integers(4)]
         colour = tone(WALLS[kind], 0.8 + 0.35 * chance())
         step = int(rng.integers(4, 6))
         pane = tone((52, 66, 92), 0.7 + 0.7 * chance())
-        if chance() < 0.8:                       # else a gap
+        if chance() < 0.8:  # else a gap
             roof = (236, 240, 246) if street.domain == "snow" else tone(colour, 0.72)
-            street.box(x, top, x + w - 1, h + 2, colour, (BUILDING, int(205 - 50 * side)))
-            street.box(x + w - 2, top, x + w - 1, h + 2, tone(colour, 0.8))
-            street.box(x, top, x + w - 1, top + 1, roof)
-            rows = range(top + 4, h - 2, step)
-            columns = range(x + 2, x + w - 3, step)
+            right, base = x + w - 1, horizon + 2
+            street.box(x, top, right, base, colour, (BUILDING, int(205 - 50 * side)))
+            street.box(right - 1, top, right, base, tone(colour, 0.8))
+            street.box(x, top, right, top + 1, roof)
+            rows = range(top + 4, horizon - 2, step)
+            columns = range(x + 2, right - 2, step)
             for wy, wx in itertools.product(rows, columns):
                 lit = street.domain == "night" and street.look.random() < 0.45
                 glow = (240, 200, 105) if lit else (0, 0, 0)
@@ -677,10 +619,7 @@ def paint_ground(street):
     paving = tone((172, 160, 152), 0.9 + 0.2 * chance())
     grass = tone((116, 148, 70), 0.85 + 0.3 * chance())
     asphalt = tone((88, 88, 94), 0.85 + 0.3 * chance())
-    has_grass = chance() < 0.5
-    has_walk = chance() < 0.85
-    has_line = chance() < 0.8
-    has_zebra = chance() < 0.25
+    has_grass, has_walk, has_line, has_zebra = (chance() < p for p in (0.5, 0.85, 0.8, 0.25))
 
     if has_grass:
         street.box(0, street.horizon, SIDE, SIDE, grass, (TERRAIN, 0))
@@ -689,7 +628,7 @@ def paint_ground(street):
     if has_walk:
         street.strip(-left - walk, right + walk, 0.02, 1.2, paving, (SIDEWALK, 0))
     if has_walk or not has_grass:
-        for d in (0.16, 0.34, 0.6, 0.88):        # joints between the slabs
+        for d in (0.16, 0.34, 0.6, 0.88):  # joints between the slabs
             street.strip(-left - walk, right + walk, d, d * 1.07, tone(paving, 0.86))
     street.strip(-left - 3, right + 3, 0.02, 1.2, tone(paving, 1.2))
     street.strip(-left, right, 0.03, 1.2, asphalt, (ROAD, 0))
@@ -708,25 +647,23 @@ def paint_things(street):
     """Cars, people, poles and trees, from far to near -> (colour, window) of the nearest car."""
     rng, chance = street.rng, street.chance
     things = []
-    for _ in range(rng.integers(0, 5)):
-        things.append((0.14 + 0.7 * chance() ** 1.4, "car"))
-    for _ in range(rng.integers(0, 6)):
-        things.append((0.14 + 0.7 * chance() ** 1.5, "person"))
-    for _ in range(rng.integers(0, 5)):
-        d = 0.12 + 0.6 * chance() ** 1.3
-        things.append((d, ("lamp", "sign", "sign", "bare")[rng.integers(4)]))
-    for _ in range(rng.integers(0, 5)):
-        things.append((0.06 + 0.4 * chance() ** 1.3, "tree"))
-    nearest_car = None
-    for d, kind in sorted(things):
+    for kind, limit, nearest, reach, power in (
+            ("car", 5, 0.14, 0.7, 1.4), ("person", 6, 0.14, 0.7, 1.5),
+            ("pole", 5, 0.12, 0.6, 1.3), ("tree", 5, 0.06, 0.4, 1.3)):
+        for _ in range(rng.integers(0, limit)):
+            d = nearest + reach * chance() ** power
+            head = ("lamp", "sign", "sign", "bare")[rng.integers(4)] if kind == "pole" else ""
+            things.append((d, kind, head))
+    car = None
+    for d, kind, head in sorted(things):
         y = int(street.horizon + street.depth * d)
         distance = int(225 * (1 - d))
         if kind == "car":
-            middle = street.right * 0.5 if chance() < 0.5 else -street.left * 0.5
-            x = int(street.vanish + middle * d + (chance() - 0.5) * 16 * d)
-            nearest_car = paint_car(street, x, y, d, (CAR, distance))
+            lane = street.right * 0.5 if chance() < 0.5 else -street.left * 0.5
+            x = int(street.vanish + lane * d + (chance() - 0.5) * 16 * d)
+            car = paint_car(street, x, y, d, (CAR, distance))
         elif kind == "person":
-            if chance() < 0.25:                  # on the road
+            if chance() < 0.25:  # on the road
                 X = chance() * (street.left + street.right) - street.left
                 x = int(street.vanish + X * d)
             else:
@@ -735,21 +672,21 @@ def paint_things(street):
         elif kind == "tree":
             paint_tree(street, street.beside(d, 150), y, d, (VEGETATION, distance))
         else:
-            paint_pole(street, street.beside(d, 14), y, d, (POLE, distance), kind)
-    return nearest_car
+            paint_pole(street, street.beside(d, 14), y, d, (POLE, distance), head)
+    return car
 
 
 def paint_tree(street, x, y, d, what):
     r = 3 + 12 * d + 3 * street.chance()
     leaf = tone((58, 120, 46), 0.75 + 0.5 * street.chance())
-    cy = y - 1.9 * r
-    street.box(x - max(0, r / 9), y - r, x + max(1, r / 9), y, (84, 62, 46), what)       # trunk
-    street.oval(x, cy, r, (-1, -1, 1, 1.1), tone(leaf, 0.78), what)
-    street.oval(x, cy, r, (-0.9, -1, 0.6, 0.5), leaf)
+    middle = y - 1.9 * r
+    street.box(x - max(0, r / 9), y - r, x + max(1, r / 9), y, (84, 62, 46), what)  # trunk
+    street.oval(x, middle, r, (-1, -1, 1, 1.1), tone(leaf, 0.78), what)
+    street.oval(x, middle, r, (-0.9, -1, 0.6, 0.5), leaf)
     if street.domain == "snow":
-        street.oval(x, cy, r, (-0.75, -0.9, 0.7, -0.1), (232, 236, 242))
+        street.oval(x, middle, r, (-0.75, -0.9, 0.7, -0.1), (232, 236, 242))
     else:
-        street.oval(x, cy, r, (-0.75, -0.9, 0.1, -0.1), tone(leaf, 1.25))
+        street.oval(x, middle, r, (-0.75, -0.9, 0.1, -0.1), tone(leaf, 1.25))
 
 
 def paint_car(street, x, y, d, what):
@@ -761,18 +698,14 @@ def paint_car(street, x, y, d, what):
     name = list(PAINTS)[street.rng.integers(6)]
     body = tone(PAINTS[name], 0.9 + 0.15 * street.chance())
     low = y - max(1, H // 7)
-    street.box(x - w - 1, y - 1, x + w + 1, y, (24, 24, 28))         # its shadow
+    street.box(x - w - 1, y - 1, x + w + 1, y, (24, 24, 28))  # its shadow
     for side in (x - w, x + w - wheel):
         street.box(side, y - H // 4, side + wheel, y, (16, 16, 18), what)
-    cabin = [(x - w + w // 5, y - H // 2), (x - w * 0.6, y - H),
-             (x + w * 0.6, y - H), (x + w - w // 5, y - H // 2)]
-    glass = [(x - w * 0.66, y - H * 0.56), (x - w * 0.48, y - H * 0.9),
-             (x + w * 0.48, y - H * 0.9), (x + w * 0.66, y - H * 0.56)]
-    street.paint("polygon", cabin, body, what)
-    street.paint("polygon", glass, (74, 92, 112))
+    street.trapezoid(x, y - H // 2, w - w // 5, y - H, w * 0.6, body, what)  # cabin
+    street.trapezoid(x, y - H * 0.56, w * 0.66, y - H * 0.9, w * 0.48, (74, 92, 112))  # its window
     street.box(x - w, y - int(H * 0.56), x + w, low, body, what)
     street.box(x - w, y - max(2, int(H * 0.26)), x + w, low, tone(body, 0.66))
-    if street.domain == "snow":                  # on its roof
+    if street.domain == "snow":  # on its roof
         reach = int(w * 0.55)
         street.box(x - reach, y - H, x + reach, y - H + H // 9, (244, 246, 250))
     away = x > street.vanish + (street.right - street.left) / 2 * d
@@ -793,8 +726,8 @@ def paint_person(street, x, y, d, what):
     neck = y - s + head
     hip = y - int(s * 0.4)
     x -= w // 2
-    leg = w // 2 - 1 if w > 3 else w - 1         # two legs where a gap between them has room
-    for side in {x, x + w - 1 - leg}:
+    leg = w // 2 - 1 if w > 3 else w - 1  # two legs where a gap between them has room
+    for side in (x, x + w - 1 - leg):
         street.box(side, hip, side + leg, y, trousers, what)
     street.box(x, neck, x + w - 1, hip, coat, what)
     x += (w - head) // 2
@@ -802,27 +735,27 @@ def paint_person(street, x, y, d, what):
     street.paint(shape, [x, y - s, x + head - 1, neck - 1], skin, what)
 
 
-def paint_pole(street, x, y, d, what, kind):
-    """kind: "lamp", "sign" or "bare"."""
+def paint_pole(street, x, y, d, what, head):
+    """head: "lamp", "sign" or "bare"."""
     chance = street.chance
     top = max(1, int(y - 14 - 38 * d - 4 * chance()))
     w = int(d > 0.2)
     grey = 0.8 + 0.3 * chance()
     iron = tone((84, 84, 88), grey)
-    white = (242, 242, 242)
     arm = -1 if chance() < 0.5 else 1
     r = int(2 + 3 * d + 1.4 * chance())
     colour = PAINTS[("red", "blue", "yellow", "green")[street.rng.integers(4)]]
     is_disc = chance() < 0.5 and r > 2
     street.box(x, top, x + w, y, iron, what)
-    if w:                                        # light and dark side: seen before any background
+    if w:  # light and dark side: seen before any background
         street.box(x, top, x, y, tone((184, 184, 186), grey), what)
-    if kind == "lamp":
+    if head == "lamp":
         a, b = sorted((x + arm, x + arm * 5))
         street.box(a, top, b, top + 1, iron, what)
         street.box(a, top + 1, b, top + 1, (226, 222, 200), glow=(255, 236, 180))
-    if kind == "sign":
+    if head == "sign":
         shape = "ellipse" if is_disc else "rectangle"
+        white = (242, 242, 242)
         a = x - r
         b = x + r + w - (not w)
         street.paint(shape, [a, top, b, top + 2 * r], white, (SIGN, what[1]))
@@ -839,8 +772,7 @@ def add_day(street, image):
 
 def add_night(street, image):
     """Our own headlights, and a halo around every light."""
-    beam = np.exp(-((YY - SIDE) ** 2 + (XX - SIDE / 2) ** 2) / 700)[..., None]
-    beam = beam * street.ground[..., None]
+    beam = np.exp(-((YY - SIDE) ** 2 + (XX - SIDE / 2) ** 2) / 700)[..., None] * street.ground
     dark = AT_NIGHT[street.label][..., None] + 0.4 * beam
     image = image * (dark * np.array((0.86, 0.9, 1.12), np.float32))
     halo = street.canvases[1].filter(ImageFilter.GaussianBlur(1.6))
@@ -849,20 +781,17 @@ def add_night(street, image):
 
 def add_fog(street, image):
     thickness = (0.3 + 0.55 * street.far) * (0.92 + 0.14 * street.look.random())
-    thickness = thickness * np.where(street.small, 0.85, 1)[..., None]
-    thickness = np.where(street.label[..., None] == SKY, 0, thickness)
-    image += (np.array((188, 192, 197), np.float32) - image) * thickness
+    grey = np.array((188, 192, 197), np.float32)
+    image += (grey - image) * thickness * IN_FOG[street.label][..., None]
     return image
 
 
 def add_snow(street, image):
     """Snow on the ground, and twelve flakes, none on a small thing."""
-    small = street.small
-    places = [street.label == ROAD, street.label == TERRAIN, street.ground]
-    cover = np.select(places, [0.5, 0.72, 0.86], 0.06)
-    image += (np.array((208, 216, 232), np.float32) - image) * cover[..., None]
+    white = np.array((208, 216, 232), np.float32)
+    image += (white - image) * IN_SNOW[street.label][..., None]
     for x, y in street.look.integers(0, SIDE - 2, (12, 2)):
-        if not small[y, x]:
+        if not street.small[y, x]:
             image[y:y + 2, x:x + 2] += (255 - image[y:y + 2, x:x + 2]) * 0.8
     return image
 
@@ -871,25 +800,26 @@ def add_rain(street, image):
     """The ground is a mirror, and nine streaks fall."""
     above = np.abs(2 * street.horizon - YY.astype(int)).clip(0, SIDE - 1)
     mirror = image[above, XX.astype(int)]
-    gloss = np.select([street.label == ROAD, street.label == SIDEWALK], [0.5, 0.3], 0)
-    image += (mirror - image) * gloss[..., None]
+    image += (mirror - image) * IN_RAIN[street.label][..., None]
     image = image * 0.7 + np.array((4, 8, 16), np.float32)
     for x, y in street.look.integers(0, SIDE - 6, (9, 2)):
         streak = np.arange(y, y + 6), x - np.arange(6) // 3
-        image[streak] += (200 - image[streak]) * 0.3 * ~street.small[streak][:, None]
+        image[streak] += (200 - image[streak]) * 0.3 * ~street.small[streak]
     return image
 
 
 WEATHER = {"day": add_day, "night": add_night, "fog": add_fog, "snow": add_snow, "rain": add_rain}
 
 
-def cover_with_void(street, label):
+def cover_with_void(street):
     """Void as at the borders of real labels: a strip at the lower edge, a patch anywhere."""
+    label = street.label.copy()
     if street.chance() < 0.2:
         label[SIDE - int(street.rng.integers(2, 5)):] = IGNORE
     if street.chance() < 0.2:
         y, x, a, b = street.rng.integers((0, 0, 3, 3), (SIDE - 8, SIDE - 8, 8, 8))
         label[y:y + a, x:x + b] = IGNORE
+    return label
 
 
 def describe(street, label, walls, car):
@@ -913,39 +843,46 @@ def describe(street, label, walls, car):
     return f"a street with {join_words(parts)}, {when}"
 
 
-# -- datasets: .classes, .names, .captions, .size S, .grid, and for an index i: window(i, seed),
-#    full(i, flip), caption(i, label, seed), [i] or [i, seed]; and stamp()
+# -- datasets --------------------------------------------------------------------------------------
 
-def draw_window(H, W, size, grid, seed):
-    """-> (flip, top, left) of a size x size crop of an H x W picture, which is flipped first.
+class Scenes(torch.utils.data.Dataset):
+    """What the datasets have in common. Each has .classes, .names, .captions, .size S, .grid,
+    .augment, shape(index) -> (H, W), full(index, flip), caption(index, label, seed), and stamp(), a
+    text that changes with whatever lies behind the items."""
 
-    The offsets are multiples of `grid` pixels, so that a latent can be cropped in the picture's
-    stead. seed None gives the centre, not flipped.
-    """
-    rows, cols = (H - size) // grid, (W - size) // grid
-    if seed is None:
-        return False, rows // 2 * grid, cols // 2 * grid
-    rng = np.random.default_rng(seed)
-    flip = bool(rng.random() < 0.5)
-    top = int(rng.integers(rows + 1)) * grid
-    left = int(rng.integers(cols + 1)) * grid
-    return flip, top, left
+    def __len__(self):
+        return len(self.names)
 
+    def window(self, index, seed=None):
+        """-> (flip, top, left) of an S x S crop of the whole picture, which is flipped first.
 
-def read_item(dataset, key):
-    """key: (index, seed of crop, flip and caption), or an index alone: centre crop, not flipped.
+        The offsets are multiples of `grid` pixels, so that a latent can be cropped in the picture's
+        stead. Without a seed it is the centre, not flipped.
+        """
+        H, W = self.shape(index)
+        rows, cols = (H - self.size) // self.grid, (W - self.size) // self.grid
+        if seed is None or not self.augment:
+            return False, rows // 2 * self.grid, cols // 2 * self.grid
+        rng = np.random.default_rng(seed)
+        flip = bool(rng.random() < 0.5)
+        top = int(rng.integers(rows + 1)) * self.grid
+        left = int(rng.integers(cols + 1)) * self.grid
+        return flip, top, left
 
-    -> dict(image float32 [3,S,S] in [-1,1], label int64 [S,S], caption str, name str, index int,
-    flip bool, top int, left int), the corner in pixels of the whole picture, flipped.
-    """
-    index, seed = key if isinstance(key, tuple) else (key, None)
-    flip, top, left = dataset.window(index, seed)
-    image, label = dataset.full(index, flip)
-    rows, cols = slice(top, top + dataset.size), slice(left, left + dataset.size)
-    label = label[rows, cols]
-    return {"image": image[:, rows, cols], "label": label,
-            "caption": dataset.caption(index, label, seed), "name": dataset.names[index],
-            "index": index, "flip": flip, "top": top, "left": left}
+    def __getitem__(self, key):
+        """key: (index, seed of crop, flip and caption), or an index alone: the centre.
+
+        -> dict(image float32 [3,S,S] in [-1,1], label int64 [S,S], caption str, name str, index
+        int, flip bool, top int, left int), the corner in pixels of the whole picture, flipped.
+        """
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        flip, top, left = self.window(index, seed)
+        image, label = self.full(index, flip)
+        rows, cols = slice(top, top + self.size), slice(left, left + self.size)
+        label = label[rows, cols]
+        return {"image": image[:, rows, cols], "label": label,
+                "caption": self.caption(index, label, seed), "name": self.names[index],
+                "index": index, "flip": flip, "top": top, "left": left}
 
 
 def make_tensors(image, label, flip):
@@ -957,66 +894,58 @@ def make_tensors(image, label, flip):
     return image, label
 
 
-class Toy(torch.utils.data.Dataset):
+render = functools.cache(toy_scene)  # a scene is drawn when it is first asked for, and kept
+
+
+TOY_SPLITS = {"train": (0, 2000), "val": (10_000_000, 256)}  # the first seed, the usual length
+
+
+class Toy(Scenes):
     """The toy world. Item i is scene (first seed + i) in domain domains[i % len(domains)].
 
-    A scene is rendered when it is first asked for, and kept; .images, .labels and .captions render
-    all of them.
+    .images uint8 [n,64,64,3], .labels uint8 [n,64,64] and .captions draw all of them.
     """
     size, grid = SIDE, 4
 
     def __init__(self, split="train", domains=("day",), length=None, augment=True):
-        if split not in ("train", "val") or not domains or not set(domains) <= set(DOMAINS):
+        if split not in TOY_SPLITS or not set(domains) <= set(DOMAINS):
             raise InputError(f"toy, split {split!r}, domains {domains!r}: splits are train, val; "
                              f"domains are {', '.join(DOMAINS)}")
-        first, usual = {"train": (0, 2000), "val": (10_000_000, 256)}[split]
+        first, usual = TOY_SPLITS[split]
         self.classes = class_table("toy")
         self.augment = augment
         self.keys = [(first + i, domains[i % len(domains)]) for i in range(length or usual)]
         self.names = [f"toy_{seed:08d}" for seed, _ in self.keys]
-        self.scenes = [None] * len(self.keys)
-
-    def scene(self, index):
-        """-> image uint8 [64,64,3], label uint8 [64,64], caption."""
-        if self.scenes[index] is None:
-            self.scenes[index] = toy_scene(*self.keys[index])
-        return self.scenes[index]
 
     @functools.cached_property
     def images(self):
-        return np.stack([self.scene(i)[0] for i in range(len(self))])
+        return np.stack([render(*key)[0] for key in self.keys])
 
     @functools.cached_property
     def labels(self):
-        return np.stack([self.scene(i)[1] for i in range(len(self))])
+        return np.stack([render(*key)[1] for key in self.keys])
 
     @functools.cached_property
     def captions(self):
-        return {name: self.scene(i)[2] for i, name in enumerate(self.names)}
+        return {name: render(*key)[2] for name, key in zip(self.names, self.keys)}
 
-    def __len__(self):
-        return len(self.keys)
-
-    def window(self, index, seed=None):
-        return draw_window(SIDE, SIDE, SIDE, self.grid, seed if self.augment else None)
+    def shape(self, index):
+        return SIDE, SIDE
 
     def full(self, index, flip=False):
-        image, label, _ = self.scene(index)
+        image, label, _ = render(*self.keys[index])
         return make_tensors(image, label, flip)
 
     def caption(self, index, label=None, seed=None):
-        return self.scene(index)[2]
+        return render(*self.keys[index])[2]
 
     def stamp(self):
-        """A text that is another one for other scenes."""
-        return hashlib.sha256(json.dumps(self.keys).encode()).hexdigest()
-
-    __getitem__ = read_item
+        return f"toy {self.keys}"
 
 
 # Where a dataset's images and labels lie: patterns without suffix, whose end after the last * is no
-# part of the name. Images: those of the first pattern that finds any. Labels: each from the first
-# pattern that has it. ACDC stands beside Cityscapes: its layouts mean the same.
+# part of the name; of two files of one name the first pattern's is taken. ACDC stands beside
+# Cityscapes: its layouts mean the same.
 FOLDERS = {
     "cityscapes": (
         ["leftImg8bit/{split}/*/*_leftImg8bit", "rgb_anon/{part}/{split}/*/*_rgb_anon"],
@@ -1048,35 +977,28 @@ def find_pairs(data, root, split):
     *patterns, source = FOLDERS.get(key, FOLDERS["path"])
     split = SPLITS.get(key, {}).get(split, split)
     results = []
-    for places, merge in zip(patterns, (False, True)):
-        if part:                                 # a condition of ACDC
+    for places in patterns:
+        if part:  # a condition of ACDC
             places = [place for place in places if "{part}" in place]
         places = [place.format(split=split, part=part or "*") for place in places]
         found = {}
         for place in places:
-            if merge or not found:
-                found = find_by_name(root, place) | found
+            end = place.rpartition("*")[2]
+            for file in find_images(root, place, PICTURES):
+                found.setdefault(file.stem.removesuffix(end), file)
         if not found:
-            looked = " or ".join(f"{root}/{place}.png" for place in places)
-            raise InputError(f"{data}: no {split} files {looked}: {source}")
-        results.append(dict(sorted(found.items())))
+            raise InputError(f"{data}: no {split} files {root}/{places[0]}.png: {source}")
+        results.append(found)
     return results
 
 
-def find_by_name(root, pattern):
-    end = pattern.rpartition("*")[2]
-    files = find_images(root, pattern, PICTURES)
-    return {file.stem.removesuffix(end): file for file in files}
-
-
-class Pairs(torch.utils.data.Dataset):
+class Pairs(Scenes):
     """Image/label pairs on disk: Cityscapes, ACDC, ADE20K, COCO-Stuff, or any folder with images/,
     labels/ and classes.txt. data: as in `class_table`; "cityscapes:night" is ACDC's condition.
 
     Cityscapes is resized to (size, 2 size), all else to `size` at the shorter side and a multiple
-    of `grid` at the longer; a picture of size x size stays as it is. Then comes a crop
-    (`draw_window`). Raises InputError with a report of all pairs that are not whole; skip_broken
-    prints it instead, and leaves them out.
+    of `grid` at the longer; a picture of size x size stays as it is. Raises InputError with a
+    report of the pairs that are broken; skip_broken prints it instead, and leaves them out.
     """
 
     def __init__(self, data, root=None, split="train", size=512, captions=None, grid=8,
@@ -1090,65 +1012,50 @@ class Pairs(torch.utils.data.Dataset):
         root = Path(root or self.classes.key)
         self.images, self.labels = find_pairs(data, root, split)
         self.captions = read_captions(root, split, captions)
-        self.shapes, broken = self.check_pairs(split)      # name -> (H, W) once resized
-        self.names = list(self.shapes)
-        if broken:
-            report = [f"{root}: broken pairs in {split} ({len(self.names)} are whole)"]
-            for trouble, found in broken.items():
-                some = found[:3] + ["..."] * (len(found) > 3)
-                report.append(f"  {len(found)} {trouble}: {', '.join(some)}")
-            if not skip_broken or not self.names:
-                report.append("  mend them, or leave them out with --skip-broken")
-                raise InputError("\n".join(report))
-            print("\n".join(report), file=sys.stderr)
-        if self.captions and not self.captions.keys() & self.shapes.keys():
-            trouble = (f"{captions or root}: captions of none of the {len(self.names)} {split} "
-                       f"images: {next(iter(self.captions))!r} there, {self.names[0]!r} here")
-            if captions:
-                raise InputError(trouble)
-            print(trouble, file=sys.stderr)
-
-    def check_pairs(self, split):
-        """Reads every file -> {name: (H, W) once resized} of whole pairs, {trouble: [where]}."""
-        names = [name for name in self.images if name in self.labels]
-        shapes, broken = {}, {}
-        for name in sorted(self.images.keys() ^ self.labels.keys()):
-            lacks = "images without a label" if name in self.images else "labels without an image"
-            broken.setdefault(lacks, []).append(name)
+        self.shapes = {}  # name -> (H, W) once resized
+        names = sorted(self.images.keys() | self.labels.keys())
+        broken = []
         with ThreadPoolExecutor() as pool:
             checks = tqdm(pool.map(self.check, names), f"checking {split}", len(names), leave=False,
                           disable=len(names) <= 500)
-            for name, (trouble, found) in zip(names, checks):
+            for name, (shape, trouble) in zip(names, checks):
                 if trouble:
-                    broken.setdefault(trouble, []).append(found)
+                    broken.append(trouble)
                 else:
-                    shapes[name] = found
-        return shapes, broken
+                    self.shapes[name] = shape
+        self.names = list(self.shapes)
+        if broken:
+            report = "\n  ".join([
+                f"{root}: {len(broken)} of {len(names)} pairs of {split} are broken",
+                *broken[:5], "mend them, or leave them out with --skip-broken"])
+            if not skip_broken or not self.names:
+                raise InputError(report)
+            print(report, file=sys.stderr)
+        if self.captions and not self.captions.keys() & self.shapes.keys():
+            raise InputError(
+                f"{captions or root}: captions of none of the {len(names)} {split} images: "
+                f"{next(iter(self.captions))!r} there, {self.names[0]!r} here")
 
     def check(self, name):
-        """-> (None, (H, W) of the resized picture), or (what is wrong, where)."""
+        """-> (H, W) of the resized picture and None, or None and what is wrong with the pair."""
+        if name not in self.images:
+            return None, f"{name}: a label without an image"
+        if name not in self.labels:
+            return None, f"{name}: an image without a label"
         try:
-            label = read_layout(self.labels[name], self.classes)
+            h, w = read_layout(self.labels[name], self.classes).shape
+            image = open_image(self.images[name], decode=False)
         except InputError as error:
-            return "labels that cannot be read", str(error)
-        try:
-            w, h = open_image(self.images[name], decode=False).size
-        except InputError as error:
-            return "images that cannot be read", str(error)
-        if label.shape != (h, w):
-            where = f"{name} ({label.shape[1]} x {label.shape[0]}, image {w} x {h})"
-            return "labels of another size", where
+            return None, str(error)
+        if image.size != (w, h):
+            return None, f"{name}: a label of {w} x {h}, an image of {image.width} x {image.height}"
         S, grid = self.size, self.grid
         if self.images[name].stem.endswith("_leftImg8bit") and (h, w) != (S, S):
-            return None, (S, 2 * S)
-        return None, tuple(max(S, round(side * S / min(h, w) / grid) * grid) for side in (h, w))
+            return (S, 2 * S), None
+        return tuple(max(S, round(side * S / min(h, w) / grid) * grid) for side in (h, w)), None
 
-    def __len__(self):
-        return len(self.names)
-
-    def window(self, index, seed=None):
-        H, W = self.shapes[self.names[index]]
-        return draw_window(H, W, self.size, self.grid, seed if self.augment else None)
+    def shape(self, index):
+        return self.shapes[self.names[index]]
 
     def full(self, index, flip=False):
         """The whole picture, resized -> image float32 [3,H,W] in [-1,1], label int64 [H,W]."""
@@ -1157,7 +1064,7 @@ class Pairs(torch.utils.data.Dataset):
         image = read_image(self.images[name])
         label = read_layout(self.labels[name], self.classes)
         label = Image.fromarray(label.numpy().astype(np.uint8))
-        if image.size != (W, H):                 # PIL's bicubic averages over a pixel's whole area
+        if image.size != (W, H):  # PIL's bicubic averages over a pixel's whole area
             image = image.resize((W, H), Image.BICUBIC)
             label = label.resize((W, H), Image.NEAREST)
         return make_tensors(np.asarray(image), np.asarray(label), flip)
@@ -1173,41 +1080,28 @@ class Pairs(torch.utils.data.Dataset):
         return caption
 
     def stamp(self):
-        """A text that changes when a file behind the dataset does (by name, size, time), the
-        captions or the classes."""
-        captions = [self.captions.get(name) for name in self.names]
-        known = [self.classes.names, self.classes.file_ids.tolist(), self.names, captions]
-        digest = hashlib.sha256(json.dumps(known).encode())
+        files = []
         for name in self.names:
             for path in (self.images[name], self.labels[name]):
-                try:
-                    status = path.stat()
-                except OSError as error:
-                    raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-                text = f"{path.name} {status.st_size} {status.st_mtime_ns}\n"
-                digest.update(text.encode())
-        return digest.hexdigest()
-
-    __getitem__ = read_item
+                status = path.stat()
+                files.append((path.name, status.st_size, status.st_mtime_ns))
+        captions = [self.captions.get(name) for name in self.names]
+        made_of = [files, captions, self.classes.names, self.classes.file_ids.tolist()]
+        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
-def open_dataset(data, root=None, split="train", size=None, **options):
-    """data: "toy" (day), "toy:night" (one domain), "toy:all", or as for `Pairs`.
-
-    options are Pairs'; of them, the toy takes length and augment, and has domains besides.
-    """
+def open_dataset(data, root=None, split="train", size=None, augment=True, **options):
+    """data: "toy" (day), "toy:night" (one domain), "toy:all", or as for `Pairs`."""
     key, part = split_key(data)
     if key != "toy":
-        return Pairs(data, root, split, size or 512, **options)
+        return Pairs(data, root, split, size or 512, augment=augment, **options)
     if size not in (None, SIDE):
         raise InputError(f"size {size}: the toy world has {SIDE} pixels")
-    taken = {name: options[name] for name in ("domains", "length", "augment") if name in options}
-    if part:
-        taken["domains"] = DOMAINS if part == "all" else (part,)
-    return Toy(split, **taken)
+    domains = DOMAINS if part == "all" else (part or "day",)
+    return Toy(split, domains, augment=augment)
 
 
-# -- batches
+# -- batches ---------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=2)
 def order(n, seed, epoch):
@@ -1240,36 +1134,36 @@ def batches(dataset, batch, seed, start=0, workers=0, rank=0, world=1):
         pin_memory=torch.cuda.is_available(), generator=torch.Generator())
     try:
         yield from loader
-    except InputError as error:                  # a worker's has its traceback before it
+    except InputError as error:  # a worker's has its traceback before it
         raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
 
 
-# -- the toy world as files
+# -- the toy world as files ------------------------------------------------------------------------
 
-def write_file(path, content):
-    """Bytes -> a file, whole or not at all (a full disk, Ctrl-C), in place of what was there."""
+@contextlib.contextmanager
+def atomic(path):
+    """Yields a temporary path beside `path`: what is written there takes the place of `path` once
+    it is whole. If anything fails (a full disk, Ctrl-C) it is removed, and `path` is as it was."""
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        temporary.write_bytes(content)
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def encode_png(array):
-    """uint8 [H,W] or [H,W,3] -> bytes."""
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "png")
-    return buffer.getvalue()
+def write_image(path, array):
+    with atomic(path) as temporary:
+        Image.fromarray(array).save(temporary, "png")
 
 
 TOY_FILES = {
     "cityscapes": ("leftImg8bit/{split}/toy/{name}_leftImg8bit.png",
-                   "gtFine/{split}/toy/{name}_gtFine_labelIds.png"),
+                   "gtFine/{split}/toy/{name}_gtFine_labelTrainIds.png"),
     "acdc": ("rgb_anon/{domain}/{split}/toy/{name}_rgb_anon.png",
-             "gt/{domain}/{split}/toy/{name}_gt_labelIds.png"),
+             "gt/{domain}/{split}/toy/{name}_gt_labelTrainIds.png"),
     "path": ("images/{split}/{name}.png", "labels/{split}/{name}.png"),
 }
 
@@ -1277,26 +1171,21 @@ TOY_FILES = {
 def write_toy(folder, form, split="train", length=None, domains=("day",)):
     """Writes the toy world as a dataset's files; Pairs(size=64, grid=4) then has Toy's very items.
 
-    form: "cityscapes" or "acdc" (their folders, labelIds), "path" (a folder of one's own).
+    form: "cityscapes" or "acdc" (their folders, labelTrainIds), "path" (a folder of one's own).
     """
     toy = Toy(split, domains, length)
     folder = Path(folder)
-    to_file = np.arange(256, dtype=np.uint8)
-    if form != "path":                           # class -> labelId
-        for c in range(len(toy.classes.names)):
-            to_file[c] = np.flatnonzero(toy.classes.file_ids == c)[0]
-        to_file[IGNORE] = 0
-    for i, (_, domain) in enumerate(toy.keys):
-        image, label, _ = toy.scene(i)
-        for place, array in zip(TOY_FILES[form], (image, to_file[label])):
-            path = folder / place.format(split=split, name=toy.names[i], domain=domain)
+    for (seed, domain), name in zip(toy.keys, toy.names):
+        for place, array in zip(TOY_FILES[form], render(seed, domain)):
+            path = folder / place.format(split=split, name=name, domain=domain)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, encode_png(array))
-    captions = json.dumps(toy.captions, indent=1)
-    write_file(folder / f"captions_{split}.json", captions.encode())
+            write_image(path, array)
+    with atomic(folder / f"captions_{split}.json") as temporary:
+        temporary.write_text(json.dumps(toy.captions, indent=1))
     if form == "path":
-        write_file(folder / "classes.txt", classes_text(toy.classes).encode())
-    print(f"{folder}: {len(toy)} {split} pairs of the toy world")
+        with atomic(folder / "classes.txt") as temporary:
+            temporary.write_text(classes_text(toy.classes))
+    print(f"wrote {len(toy)} {split} pairs of the toy world")
 
 
 def show_toy(path, seeds=range(10_000_000, 10_000_008)):
@@ -1306,47 +1195,34 @@ def show_toy(path, seeds=range(10_000_000, 10_000_008)):
         scenes = [toy_scene(seed, domain) for domain in DOMAINS]
         layout = np.asarray(colorize(scenes[0][1], "toy"))
         columns.append(np.concatenate([layout, *(image for image, _, _ in scenes)]))
-    picture = np.concatenate(columns, 1).repeat(2, 0).repeat(2, 1)
-    write_file(path, encode_png(picture))
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description="Writes the toy world: as a dataset's files, or as one picture.")
-    add = parser.add_argument
-    add("--write-toy", metavar="DIR", help="write image/label pairs and captions into this folder")
-    add("--format", choices=TOY_FILES, default="cityscapes", help="its folders")
-    add("--split", choices=("train", "val"), default="train")
-    add("--n", type=int, help="how many pairs (2000 for train, 256 for val)")
-    add("--domains", default="day", help=f"comma-separated, out of {','.join(DOMAINS)}")
-    add("--show", metavar="FILE.png", help="write a picture: eight layouts in five domains")
-    parser.error = refuse
-    args = parser.parse_args()
-    if not (args.write_toy or args.show):
-        refuse("give --write-toy DIR or --show FILE.png")
-    if args.n is not None and args.n < 1:
-        refuse(f"--n {args.n}: must be 1 or more")
-    if args.show and Path(args.show).suffix.lower() != ".png":
-        refuse(f"--show {args.show}: must end in .png")
-    for target in filter(None, (args.write_toy, args.show)):
-        check_name(target)
-    return args
+    write_image(path, np.concatenate(columns, 1).repeat(2, 0).repeat(2, 1))
 
 
 def main():
+    parser = argparse.ArgumentParser(description="Writes the toy world as files, or as a picture.")
+    parser.error = refuse
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--show", metavar="FILE.png", help="eight layouts in five domains")
+    target.add_argument("--write-toy", metavar="DIR", help="image/label pairs and captions")
+    add = parser.add_argument
+    add("--format", choices=TOY_FILES, default="cityscapes", help="the folders of --write-toy")
+    add("--split", choices=("train", "val"), default="train")
+    add("--n", type=int, help="how many pairs (2000 for train, 256 for val)")
+    add("--domains", default="day", help=f"comma-separated, out of {','.join(DOMAINS)}")
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        args = parse_args()
-        if args.write_toy:
-            domains = tuple(args.domains.split(","))
-            write_toy(args.write_toy, args.format, args.split, args.n, domains)
+        args = parser.parse_args()
+        if args.n is not None and args.n < 1:
+            refuse(f"--n {args.n}: must be 1 or more")
         if args.show:
             show_toy(args.show)
+        else:
+            write_toy(args.write_toy, args.format, args.split, args.n, args.domains.split(","))
     except (InputError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        os._exit(130)                            # whatever is still at work
+        sys.exit(130)
 
 
 if __name__ == "__main__":

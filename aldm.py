@@ -562,12 +562,11 @@ class Ignored:
     __setstate__ = __init__
 
 
-LEFTOVERS = [
-    (Ignored, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
-    (Ignored, "numpy.dtype"),
-    (Ignored, "numpy.core.multiarray.scalar"),
-    (Ignored, "numpy._core.multiarray.scalar"),
-]
+LEFTOVERS = [(Ignored, name) for name in (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.dtype",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar")]
 
 
 def read_file(path):
@@ -611,7 +610,7 @@ def check_meta(path, meta):
         needed += ["palette", "adapter"]
     for key in needed:
         value = meta.get(key)
-        if not value or key in known and str(value) not in known[key]:
+        if not value or (key in known and str(value) not in known[key]):
             raise InputError(f"{path}: its metadata says {key} {value!r:.60}, which is not known")
     return {**dict.fromkeys(META), **meta}
 
@@ -728,7 +727,7 @@ def load_into(module, state, what):
     overwritten in place, since others may share its parameters. Missing, unexpected, misshapen and
     non-finite tensors are an InputError that begins with `what`."""
     check_finite(state, what)
-    on_meta = any(t.is_meta for t in module.state_dict().values())
+    on_meta = next(module.parameters()).is_meta
     try:
         module.load_state_dict(state, strict=True, assign=on_meta)
     except RuntimeError as error:
@@ -933,7 +932,7 @@ def initial_tokens(width):
 
 def save_base(path, parts, token_ids=None):
     """The toy's base model in one fp16 file. parts: {part: module or state dict}; of the text
-    encoder's token embedding only the rows `token_ids` [n] are kept, those that it was trained on
+    encoder's token embedding only the rows `token_ids` are kept, those that it was trained on
     (None: those that are not as they were initialised)."""
     tensors = {}
     for part, state in parts.items():
@@ -942,7 +941,7 @@ def save_base(path, parts, token_ids=None):
             table = state.pop("token_embedding.weight").float().cpu()
             if token_ids is None:
                 token_ids = (table != initial_tokens(table.shape[1])).any(dim=1).nonzero()[:, 0]
-            ids = token_ids.cpu()
+            ids = torch.tensor(sorted(token_ids))
             state |= {"token_embedding.rows": table[ids], "token_embedding.ids": ids}
         for name, t in state.items():
             tensors[PREFIX[part] + name] = t.half() if t.is_floating_point() else t

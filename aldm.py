@@ -672,8 +672,7 @@ def split_parts(path, tensors):
             name = lacks + name
         prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
         if prefix and not PASSED_OVER.search(name):
-            state = parts.setdefault(PREFIXES[prefix], {})
-            state[name.removeprefix(prefix)] = t
+            parts.setdefault(PREFIXES[prefix], {})[name.removeprefix(prefix)] = t
     if not parts:
         names = ", ".join(list(tensors)[:3])
         raise InputError(f"{path}: no tensor is known here ({names}); {WANTED}")
@@ -808,21 +807,22 @@ def describe_foreign_adapter(path, parts):
     outputs = len(parts.get("segmenter", {}).get(LAST[1], ()))
     if outputs in OFFICIAL:
         classes = class_table(OFFICIAL[outputs])
-        meta |= {"dataset": classes.key, "names": list(classes.names)}
-        meta["normalize"] = outputs in IMAGENET_OUTPUTS
+        meta |= {"dataset": classes.key, "names": list(classes.names),
+                 "normalize": outputs in IMAGENET_OUTPUTS}
     return meta
 
 
 def load_class_embeddings(path, classes, text=None):
     """An official .pth, [N,C] -> the class table [N+1,C]. Its last row, for void pixels, is that of
     null_embedding.pth beside the file, else the one that the text encoder `text` computes."""
-    table, _ = read_file(path)
+    table = read_file(path)[0]
     beside = Path(path).with_name("null_embedding.pth")
     null = read_file(beside)[0] if beside.exists() else text.class_table([])
-    shape = len(classes.names), null.shape[1]
-    if not torch.is_tensor(table) or table.shape != shape:
-        raise InputError(f"{path}: not the class embeddings {list(shape)} of {classes.key}; give "
-                         "the file of this dataset, or none: the text encoder computes them")
+    found = list(getattr(table, "shape", ()))
+    wanted = [len(classes.names), null.shape[1]]
+    if found != wanted:
+        raise InputError(f"{path}: holds {found}, but {classes.key} wants {wanted}; give the file "
+                         "of this dataset, or none: the text encoder computes them")
     table = torch.cat([table, null]).float().cpu()
     check_finite({"the table": table}, path)
     return table

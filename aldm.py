@@ -432,14 +432,10 @@ def unrolled_adversarial_loss(model, discriminator, x_t, eps, start, timesteps, 
 # the names of our networks; a network, strictly. The tensors stay memory-mapped on the way.
 
 SD_FILE = "v1-5-pruned-emaonly.safetensors"
-SD_REPOS = (
-    "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "runwayml/stable-diffusion-v1-5",  # its old name, in older caches
-)
-WANTED = (
-    "wanted is Stable Diffusion 1.x (a .safetensors or .ckpt file, or diffusers' folder), "
-    "or an adapter for it"
-)
+SD_REPOS = ("stable-diffusion-v1-5/stable-diffusion-v1-5",
+            "runwayml/stable-diffusion-v1-5")  # its old name, in older caches
+WANTED = ("wanted is Stable Diffusion 1.x (a .safetensors or .ckpt file, or diffusers' folder), "
+          "or an adapter for it")
 
 # How names in a file begin, and the part that they belong to; the first that fits. What follows
 # is the name within the part. Where a part has several, we write the last.
@@ -461,33 +457,19 @@ PREFIXES = {
 PREFIX = {part: prefix for prefix, part in PREFIXES.items()}
 ADAPTER_PART = {"controlnet": "control", "t2i": "adapter", "oft": "adapter", "freestyle": "unet"}
 
-# A file of a single part needs no prefixes: how one of its names begins -> the part, and the prefix
-# that the names lack within it.
+# Files of a single part do without: how one of their names begins -> the prefix that they lack.
 SINGLE_PARTS = {
-    "controlnet_mid_block.": ("control", ""),
-    "zero_convs.": ("control", ""),
-    "up_blocks.": ("unet", ""),
-    "output_blocks.": ("unet", ""),
-    "quant_conv.": ("vae", ""),
-    "body.": ("adapter", ""),
-    "layer4.": ("segmenter", "encoder."),  # mit-semseg's two files
-    "conv_last.": ("segmenter", "decoder."),
+    "controlnet_mid_block.": "control_model.",
+    "zero_convs.": "control_model.",
+    "up_blocks.": "model.diffusion_model.",
+    "quant_conv.": "first_stage_model.",
+    "body.": "adapter.",
+    "layer4.": "segmenter.encoder.",  # mit-semseg's two files
+    "conv_last.": "segmenter.decoder.",
 }
 
-# What files hold beside the weights.
-PASSED_OVER = re.compile(
-    r"position_ids$|text_projection|^(first_stage_model\.)?loss\.|"
-    r"\._tmp_running_(mean|var)$|\._running_iter$"  # mit-semseg's synchronised batch norm
-)
-
-# Models that people take for Stable Diffusion 1.x, by a name and its shape.
-FOREIGN = {
-    r"lora[_.](up|down|unet|te|A|B)|^lora_": "a LoRA, a change to a model",
-    r"^conditioner\.embedders|label_emb\.|^add_embedding\.": "Stable Diffusion XL",
-    r"^cond_stage_model\.model\.|attn2\.to_k\.weight \[\d+, 1024\]": "Stable Diffusion 2.x",
-    r"joint_blocks\.|double_blocks\.": "Stable Diffusion 3 or FLUX",
-    r"(input_blocks\.0\.0|^conv_in)\.weight \[\d+, 9,": "an inpainting model (9 input channels)",
-}
+# What files hold beside the weights; the last two are of mit-semseg's synchronised batch norm.
+PASSED_OVER = re.compile(r"position_ids$|text_projection|loss\.|_tmp_running_|_running_iter$")
 
 
 def layer(match):
@@ -555,7 +537,12 @@ TEXT_NAMES = {  # Hugging Face's CLIP -> open_clip's
     r"mlp\.fc1": "mlp.c_fc",
     r"mlp\.fc2": "mlp.c_proj",
 }
-NAMES = {"unet": UNET_NAMES, "control": UNET_NAMES, "vae": VAE_NAMES, "adapter": T2I_NAMES}
+NAMES = {"unet": UNET_NAMES, "control": UNET_NAMES, "vae": VAE_NAMES, "adapter": T2I_NAMES,
+         "text": TEXT_NAMES}
+
+# What is known of an adapter, or of a segmenter of ours; None where its file does not say.
+META = ("preset", "dataset", "names", "palette", "adapter", "hint", "hint_colors", "step",
+        "normalize")
 
 # The segmenter's only layer that depends on the classes, and what its number of outputs tells.
 LAST = "decoder.conv_last.1.weight", "decoder.conv_last.1.bias"
@@ -569,17 +556,17 @@ IMAGENET_OUTPUTS = (150, 151, 172)  # trained on images with ImageNet's mean and
 class Ignored:
     """Stands in for what training frameworks leave in a checkpoint; none of that is imported."""
 
-    NAMES = (
-        "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-        "numpy.dtype",
-        "numpy.core.multiarray.scalar",
-        "numpy._core.multiarray.scalar",
-    )
-
     def __init__(self, *args):
         pass
 
     __setstate__ = __init__
+
+
+LEFTOVERS = [(Ignored, name) for name in (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.dtype",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar")]
 
 
 def read_file(path):
@@ -587,66 +574,52 @@ def read_file(path):
 
     Tensors are memory-mapped (but for torch's format of before 2020). Nothing is executed.
     InputError if the file is not there, may not be read, is damaged or holds more than weights."""
+    metadata = {}
     try:
         with open(path, "rb") as file:
             head = file.read(512)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror.lower()}") from None
-    if b"\0" not in head:
-        raise InputError(
-            f"{path}: empty or a text file, not weights (a web page or a Git LFS pointer in place "
-            "of the file?); download it again"
-        )
-    metadata = {}
-    try:
+        if b"\0" not in head:
+            raise ValueError("empty, a web page or a Git LFS pointer in place of the file")
         if head[8:9] == b"{":
             with safe_open(path, "pt") as file:
                 content = {name: file.get_tensor(name) for name in file.keys()}
                 metadata = file.metadata() or {}
         else:
-            with torch.serialization.safe_globals([(Ignored, name) for name in Ignored.NAMES]):
-                is_zip = head.startswith(b"PK")
+            is_zip = head.startswith(b"PK")
+            with torch.serialization.safe_globals(LEFTOVERS):
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError:
-        raise InputError(
-            f"{path}: a pickle that holds more than weights: refused, nothing of it was executed; "
-            "look for the same file as .safetensors"
-        ) from None
-    except Exception as error:  # whatever the two libraries raise at a damaged file
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise InputError(f"{path}: damaged or cut short ({reason}); download it again") from None
-    if "aldm-" not in metadata.get("format", ""):
-        return content, {}
-    try:
+        if "aldm-" not in metadata.get("format", ""):
+            return content, {}
         return content, {key: json.loads(value) for key, value in metadata.items()}
-    except ValueError:
-        raise InputError(f"{path}: its metadata is not JSON") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror.lower()}") from None
+    except pickle.UnpicklingError:
+        raise InputError(f"{path}: a pickle that holds more than weights: refused, nothing of it "
+                         "was executed; look for the same file as .safetensors") from None
+    except Exception as error:  # whatever the two libraries raise at a damaged file
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{path}: damaged or cut short ({reason}); download it again") from None
 
 
 def check_meta(path, meta):
-    """The metadata of a file of ours -> the same, completed where older files say less.
-
-    InputError if it is of a preset or adapter that is not known here, or lacks the classes."""
-    known = {"preset": PRESETS}
-    required = ["names"]
+    """The metadata of a file of ours -> the same with all of META. InputError if it lacks what is
+    needed, or says what is not known here."""
+    known = {"preset": PRESETS, "adapter": ADAPTER_PART}
+    needed = ["preset", "names"]
     if meta.get("format") != "aldm-segmenter":
-        known |= {"adapter": ADAPTER_PART, "hint": ("classes", "color")}
-        required.append("palette")
-    for key, values in known.items():
-        if str(meta.get(key)) not in values:
-            said = f"{key} {meta.get(key)!r:.60}"
-            raise InputError(f"{path}: its metadata says {said}; known are {', '.join(values)}")
-    for key in required:
-        if not meta.get(key):
-            raise InputError(f"{path}: its metadata lacks the {key} of the classes")
-    return {"dataset": None, "step": None, "hint_colors": None, "normalize": False, **meta}
+        needed += ["palette", "adapter"]
+    for key in needed:
+        value = meta.get(key)
+        if not value or (key in known and str(value) not in known[key]):
+            raise InputError(f"{path}: its metadata says {key} {value!r:.60}, which is not known")
+    return {**dict.fromkeys(META), **meta}
 
 
 def list_weight_files(path):
     """-> a list of lists of files: [[path]] for a file; for a folder of diffusers, or of Hugging
     Face's cache, the file (or the shards) of each of its components; [] if it has none."""
     path = Path(path)
-    if not os.path.isdir(path):
+    if not path.is_dir():
         return [[path]]
     path = max(path.glob("snapshots/*"), key=os.path.getmtime, default=path)
     components = []
@@ -655,100 +628,74 @@ def list_weight_files(path):
         full = [file for file in files if "." not in file.stem]  # not model.fp16.safetensors
         if files:
             components.append(full or files)
-    if not components and (path / SD_FILE).exists():
-        components.append([path / SD_FILE])
     return components
 
 
 # tensors -> parts
 
 
-def rename(state, names):
-    """{name: tensor} -> the same with each regular expression in `names` replaced."""
-    renamed = {}
+def convert_names(part, state):
+    """A part's tensors in diffusers' or Hugging Face's names, or in ours -> in ours."""
+    if part != "text" and not any(".resnets." in name for name in state):
+        return state
+    converted = {}
     for name, t in state.items():
-        for pattern, new in names.items():
+        for pattern, new in NAMES[part].items():
             name = re.sub(pattern, new, name)
-        renamed[name] = t
-    return renamed
+        if ".attn_1." in name and t.ndim == 2:  # linear in diffusers, a 1x1 convolution here
+            t = t[:, :, None, None]
+        converted[name] = t
+    return convert_text(converted) if part == "text" else converted
 
 
 def convert_text(state):
-    """CLIP's text tower in Hugging Face's names, or ours -> in open_clip's, which fuses q, k, v."""
-    state = rename(state, TEXT_NAMES)
+    """Fuse q, k and v, as open_clip does; fill up the token embedding of the toy's file."""
     for name in [name for name in state if ".q_proj." in name]:
-        qkv = [name.replace("q_proj", projection) for projection in ("q_proj", "k_proj", "v_proj")]
-        if all(n in state for n in qkv):
-            fused = torch.cat([state.pop(n) for n in qkv])
-            state[name.replace("q_proj.", "in_proj_")] = fused
-    if "token_embedding.rows" in state:  # the toy's
+        qkv = [state.pop(name.replace("q_proj", letter + "_proj")) for letter in "qkv"]
+        state[name.replace("q_proj.", "in_proj_")] = torch.cat(qkv)
+    if "token_embedding.rows" in state:
         rows, ids = state.pop("token_embedding.rows"), state.pop("token_embedding.ids")
         table = initial_tokens(rows.shape[1])
         state["token_embedding.weight"] = table.index_copy_(0, ids, rows.float())
     return state
 
 
-def convert_names(part, state):
-    """A part's tensors in any of the field's names -> in those of our networks."""
-    if part == "text":
-        return convert_text(state)
-    if any(".resnets." in name for name in state):  # diffusers'
-        state = rename(state, NAMES.get(part, {}))
-    if part == "vae":  # attention is linear in diffusers, a 1x1 convolution here
-        for name, t in state.items():
-            if "attn_1" in name and t.ndim == 2:
-                state[name] = t[:, :, None, None]
-    return state
-
-
 def split_parts(path, tensors):
     """{name in the file: tensor} -> {part: {name in our network: tensor}}."""
-    for pattern, what in FOREIGN.items():
-        if any(re.search(pattern, f"{name} {list(t.shape)}") for name, t in tensors.items()):
-            raise InputError(f"{path}: {what}; {WANTED}")
-    parts, bare = {}, {}
+    lacks = ""
+    for beginning, prefix in SINGLE_PARTS.items():
+        if any(name.startswith(beginning) for name in tensors):
+            lacks = prefix
+    parts = {}
     for name, t in tensors.items():
-        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
-        state = parts.setdefault(PREFIXES[prefix], {}) if prefix else bare
-        if not PASSED_OVER.search(name):
-            state[name.removeprefix(prefix)] = t
-    for beginning, (part, lacks) in SINGLE_PARTS.items():
-        if part not in parts and any(name.startswith(beginning) for name in bare):
-            parts[part] = {lacks + name: t for name, t in bare.items()}
+        if not name.startswith(tuple(PREFIXES)):
+            name = lacks + name
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
+        if prefix and not PASSED_OVER.search(name):
+            parts.setdefault(PREFIXES[prefix], {})[name.removeprefix(prefix)] = t
     if not parts:
-        first = ", ".join(list(tensors)[:3])
-        raise InputError(f"{path}: {len(tensors)} tensors, none known here ({first}); {WANTED}")
-    unet = parts.get("unet", {})
-    for name in unet:  # averaged weights, if any, are better; their names have lost the dots
-        averaged = "model_ema.diffusion_model" + name.replace(".", "")
-        unet[name] = tensors.get(averaged, unet[name])
+        names = ", ".join(list(tensors)[:3])
+        raise InputError(f"{path}: no tensor is known here ({names}); {WANTED}")
     return {part: convert_names(part, state) for part, state in parts.items()}
 
 
-def checkpoint_parts(content):
-    """A checkpoint of train.py -> {part: {name: tensor}} of the networks that others can use."""
-    adapter_part = ADAPTER_PART[content["meta"]["adapter"]]
-    names = {"adapter": adapter_part, "layout": "layout", "discriminator": "segmenter"}
-    return {part: content[name] for name, part in names.items() if content.get(name)}
-
-
 def read_parts(path):
-    """A file or folder -> {part: {name: tensor}}, as load_weights, and its metadata if it is ours:
-    the keys of `read_adapter`, or of a segmenter (preset, dataset, names, normalize); else {}."""
+    """A file or folder -> {part: {name: tensor}}, as load_weights, and its metadata (META) if it is
+    ours, else {}."""
     parts, meta = {}, {}
     for files in list_weight_files(path):
         content = {}
         for file in files:
             found, meta = read_file(file)
-            if isinstance(found, dict):
-                content |= found
-        if isinstance(content.get("meta"), dict) and "adapter" in content:
-            meta = check_meta(path, {**content["meta"], "step": content.get("step")})
-            return checkpoint_parts(content), meta
-        if isinstance(content.get("state_dict"), dict):
-            content = content["state_dict"]
-        tensors = {str(name): t.detach() for name, t in content.items() if torch.is_tensor(t)}
-        parts |= split_parts(path, tensors)
+            content |= found if isinstance(found, dict) else {}
+        if "meta" in content and "adapter" in content:  # a checkpoint of train.py
+            meta = {**content["meta"], "step": content.get("step")}
+            names = {"adapter": "adapter", "layout": "layout", "discriminator": "segmenter"}
+            parts = {part: content[name] for name, part in names.items() if name in content}
+        else:
+            content = content.get("state_dict", content)
+            tensors = {str(name): t.detach() for name, t in content.items() if torch.is_tensor(t)}
+            parts |= split_parts(path, tensors)
     if not parts:
         raise InputError(f"{path}: a folder without weights; {WANTED}")
     return parts, check_meta(path, meta) if meta else {}
@@ -779,12 +726,9 @@ def load_into(module, state, what):
     overwritten in place, since others may share its parameters. Missing, unexpected, misshapen and
     non-finite tensors are an InputError that begins with `what`."""
     check_finite(state, what)
-    ours = module.state_dict()
-    # old files lack these
-    counters = {n: torch.tensor(0) for n in ours if n.endswith("num_batches_tracked")}
-    on_meta = any(t.is_meta for t in ours.values())
+    on_meta = next(module.parameters()).is_meta
     try:
-        module.load_state_dict(counters | state, strict=True, assign=on_meta)
+        module.load_state_dict(state, strict=True, assign=on_meta)
     except RuntimeError as error:
         reason = " ".join(str(error).partition(":")[2].split())  # torch's, a line for each fault
         raise InputError(f"{what}: does not fit: {reason[:400]}") from None
@@ -805,10 +749,8 @@ def base_file(preset_name):
     try:
         return hf_hub_download(SD_REPOS[0], SD_FILE)
     except Exception as error:  # offline, no such host, disk full: each has its own class
-        raise InputError(
-            f"{SD_FILE}: could not be downloaded ({type(error).__name__}); fetch it from "
-            f"huggingface.co/{SD_REPOS[0]}, put it anywhere and say --sd PATH"
-        ) from None
+        raise InputError(f"{SD_FILE}: could not be downloaded ({type(error).__name__}); fetch it "
+                         f"from huggingface.co/{SD_REPOS[0]} and say --sd PATH") from None
 
 
 def load_frozen(preset_name, sd=None, device="cpu", dtype=torch.float32):
@@ -821,19 +763,13 @@ def load_frozen(preset_name, sd=None, device="cpu", dtype=torch.float32):
     parts = load_weights(path)
     lacks = [part for part in ("unet", "vae", "text") if part not in parts]
     if lacks:
-        has = " and ".join(parts)
-        raise InputError(f"{path}: {has} alone, without {' and '.join(lacks)}; {WANTED}")
+        raise InputError(f"{path}: holds no {' and no '.join(lacks)}; {WANTED}")
     with torch.device("meta"):
         unet, vae, text = UNet(preset.unet), VAE(preset.vae), TextEncoder(**preset.text)
     for part, network in ("unet", unet), ("vae", vae), ("text", text):
         load_into(network, parts.pop(part), f"{path}: {part}")
     text.attn_mask = text.build_causal_mask()  # a buffer that no file has
     return unet.to(device, dtype), vae.to(device).float(), text.to(device).float(), parts
-
-
-def count_outputs(state):
-    """Classes that a segmenter's state dict tells apart; 0 if it is none."""
-    return len(state.get(LAST[1], ()))
 
 
 def read_adapter(path):
@@ -843,110 +779,88 @@ def read_adapter(path):
     Our adapter.safetensors, a checkpoint_*.pt of train.py, or the folder with these (its newest
     adapter, else its newest checkpoint): meta is what was saved with it, and parts["layout"] has
     the class embeddings ("table"). Files of official ALDM, ControlNet and T2I-Adapter, in SD's or
-    diffusers' names, have no "layout"; their meta has the same keys (preset, dataset, names,
-    palette, adapter, hint, hint_colors, step, normalize), None where the file does not say."""
+    diffusers' names, have no "layout"; their meta has the same keys, META."""
     found = list(Path(path).glob("adapter*.safetensors"))
     found = found or list(Path(path).glob("checkpoint_*.pt"))
     path = max(found, key=os.path.getmtime, default=path)
     parts, meta = read_parts(path)
-    if "adapter" not in meta:
+    if not meta.get("adapter"):
         meta = describe_foreign_adapter(path, parts)
-    parts["adapter"] = parts.get(ADAPTER_PART[meta["adapter"]], {})
+    parts.setdefault("adapter", parts.get(ADAPTER_PART[meta["adapter"]], {}))
     check_finite(parts.get("layout", {}), f"{path}: layout")
     return meta, parts
 
 
 def describe_foreign_adapter(path, parts):
     """The meta of an adapter that is not ours, by what its tensors tell."""
-    if "control" not in parts and "adapter" not in parts:
-        has = " and ".join(parts)
-        raise InputError(f"{path}: {has}, but no adapter; a base model is given with --sd")
-    adapter = "controlnet" if "control" in parts else "t2i"
-    first = parts.get("control", {}).get("input_hint_block.0.weight")
-    hint = "classes" if first is not None and first.shape[1] != 3 else "color"
-    outputs = count_outputs(parts.get("segmenter", {}))
-    dataset = OFFICIAL.get(outputs)
-    classes = class_table(dataset) if dataset else None
-    return {
-        "preset": "sd15",
-        "dataset": dataset,
-        "names": list(classes.names) if dataset else None,
-        "palette": classes.palette.tolist() if dataset else None,
-        "adapter": adapter,
-        "hint": hint,
-        # ControlNet-seg was trained with ADE20K's colours
-        "hint_colors": "ade20k" if adapter == "controlnet" and hint == "color" else None,
-        "step": None,
-        "normalize": outputs in IMAGENET_OUTPUTS,
-    }
+    meta = dict.fromkeys(META) | {"preset": "sd15"}
+    if "control" in parts:
+        meta |= {"adapter": "controlnet", "hint": "classes"}
+        if parts["control"]["input_hint_block.0.weight"].shape[1] == 3:
+            # ControlNet-seg was trained with ADE20K's colours
+            meta |= {"hint": "color", "hint_colors": "ade20k"}
+    elif "adapter" in parts:
+        meta |= {"adapter": "t2i", "hint": "color"}
+    else:
+        raise InputError(f"{path}: holds no adapter, but {' and '.join(parts)}; a base model is "
+                         "given with --sd")
+    outputs = len(parts.get("segmenter", {}).get(LAST[1], ()))
+    if outputs in OFFICIAL:
+        classes = class_table(OFFICIAL[outputs])
+        meta |= {"dataset": classes.key, "names": list(classes.names),
+                 "normalize": outputs in IMAGENET_OUTPUTS}
+    return meta
 
 
-def load_class_embeddings(path, classes, null=None):
+def load_class_embeddings(path, classes, text=None):
     """An official .pth, [N,C] -> the class table [N+1,C]. Its last row, for void pixels, is that of
-    null_embedding.pth beside the file, else `null`: [1,C], or the text encoder that computes it."""
-    table, _ = read_file(path)
+    null_embedding.pth beside the file, else the one that the text encoder `text` computes."""
+    table = read_file(path)[0]
     beside = Path(path).with_name("null_embedding.pth")
-    if beside.exists():
-        null, _ = read_file(beside)
-    elif isinstance(null, TextEncoder):
-        null = null.class_table([])
-    N = len(classes.names)
-    are_tensors = torch.is_tensor(table) and torch.is_tensor(null)
-    if not are_tensors or table.shape[:-1] != (N,) or null.shape != (1, table.shape[-1]):
-        have = [list(t.shape) if torch.is_tensor(t) else type(t).__name__ for t in (table, null)]
-        raise InputError(
-            f"{path}: {have[0]} and, for void pixels, {have[1]}, but {classes.key} wants [{N}, C] "
-            "and [1, C]; give the file of this dataset, or none: the text encoder computes them"
-        )
+    null = read_file(beside)[0] if beside.exists() else text.class_table([])
+    found = list(getattr(table, "shape", ()))
+    wanted = [len(classes.names), null.shape[1]]
+    if found != wanted:
+        raise InputError(f"{path}: holds {found}, but {classes.key} wants {wanted}; give the file "
+                         "of this dataset, or none: the text encoder computes them")
     table = torch.cat([table, null]).float().cpu()
     check_finite({"the table": table}, path)
     return table
-
-
-def match_classes(classes, names):
-    """-> {our class: the same, or for ADE20K's `names` the nearest, among `names`}, by index."""
-    if names == list(classes.names):
-        return {i: i for i in range(len(names))}  # (ADE20K has two classes named screen)
-    ours = classes.ade if names == list(class_table("ade20k").names) else classes.names
-    return {i: names.index(name) for i, name in enumerate(ours) if name in names}
 
 
 def load_segmenter(files, segmenter, classes, meta=None):
     """Start a discriminator (or judge) of `classes`, in place, and set whether it `normalize`s its
     input -> how many of its N+1 (or N) outputs start from the file's; the others stay at random.
 
-    files    a path (ours, official ALDM), the paths of mit-semseg's encoder and decoder, or a state
-             dict, with the `meta` of its file
+    files    a list of paths: one of ours or official ALDM's, or mit-semseg's encoder and decoder;
+             or a state dict, with the `meta` of its file
     meta     its "names" are the file's classes; without, 150 or 151 outputs are ADE20K's, and N or
              N+1 the same `classes`
     InputError if the file does not fit."""
-    state = dict(files) if isinstance(files, dict) else {}
-    paths = [] if isinstance(files, dict) else files
-    if isinstance(files, (str, os.PathLike)):
-        paths = [files]
-    what = " + ".join(map(str, paths)) or "segmenter"
-    for path in paths:
-        parts, meta = read_parts(path)
-        state |= parts.get("segmenter", {})
+    state, what = files, "segmenter"
+    if not isinstance(files, dict):
+        state, what = {}, " + ".join(map(str, files))
+        for path in files:
+            parts, meta = read_parts(path)
+            state |= parts.get("segmenter", {})
     meta = meta or {}
-    N = len(classes.names)
-    outputs = count_outputs(state)
-    names = meta.get("names")
-    if not names:
-        names = class_table("ade20k").names if outputs in (150, 151) else classes.names
-    if outputs not in (0, len(names), len(names) + 1):
-        raise InputError(
-            f"{what}: a segmenter of {outputs} classes, neither {classes.key}'s {N} nor ADE20K's"
-        )
-    ours = segmenter.state_dict()
-    rows = match_classes(classes, list(names)) | {N: len(names)}  # the last: fake
-    rows = {i: row for i, row in rows.items() if i < count_outputs(ours) and row < outputs}
+    outputs = len(state.get(LAST[1], ()))
+    ade = class_table("ade20k").names
+    names = tuple(meta.get("names") or (ade if outputs in (150, 151) else classes.names))
+    if outputs not in (len(names), len(names) + 1):
+        raise InputError(f"{what}: the last layer knows {outputs} classes, not {len(names)}; give "
+                         "mit-semseg's encoder and decoder, or a segmenter of these classes")
+    last = {name: t for name, t in segmenter.state_dict().items() if name in LAST}
+    found = [*names, "fake"][:outputs]
+    wanted = [*(classes.ade if names == ade else classes.names), "fake"][:len(last[LAST[1]])]
+    rows = {i: found.index(name) for i, name in enumerate(wanted) if name in found}
+    if names == classes.names:
+        rows = {i: i for i in rows}  # ADE20K has two classes named screen
     check_finite(state, what)
-    load_into(segmenter, state | {name: ours[name] for name in LAST if name in state}, what)
-    for name in LAST:
-        ours[name][list(rows)] = state[name][list(rows.values())].to(ours[name])  # in place
-    is_semseg = len(paths) == 2 or outputs in IMAGENET_OUTPUTS
-    segmenter.normalize = bool(meta.get("normalize")) if meta else is_semseg
+    load_into(segmenter, state | last, what)
+    for name, t in last.items():
+        t[list(rows)] = state[name][list(rows.values())].to(t)
+    segmenter.normalize = bool(meta.get("normalize", outputs in IMAGENET_OUTPUTS))
     return len(rows)
 
 
@@ -956,19 +870,16 @@ def load_segmenter(files, segmenter, classes, meta=None):
 def check_target(path):
     """InputError if no file can be written at `path`: for command lines, before the work."""
     path = Path(path)
-    if os.path.isdir(path):
+    if path.is_dir():
         raise InputError(f"{path}: is a folder; name a file")
-    if not os.path.isdir(path.parent):
-        raise InputError(f"{path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: the folder {path.parent} may not be written to")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: the folder {path.parent} is not there or may not be written to")
 
 
 @contextmanager
 def atomic(path):
     """Yields a temporary path beside `path`: what is written there takes the place of `path` once
     all of it is on the disk. If anything fails it is removed, and `path` is as it was."""
-    check_target(path)
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
@@ -984,12 +895,11 @@ def atomic(path):
 def remove_leftovers(folder):
     """Remove the half-written files of `atomic` in a folder whose processes were killed."""
     for path in Path(folder).glob(".[0-9]*.*"):
-        process = int(path.name[1:].partition(".")[0])
         try:
-            os.kill(process, 0)  # only asks whether it lives
+            os.kill(int(path.name.split(".")[1]), 0)  # only asks whether the process lives
         except ProcessLookupError:
             path.unlink(missing_ok=True)
-        except OSError:
+        except PermissionError:
             pass  # it lives, and is somebody else's
 
 
@@ -1003,20 +913,14 @@ def save_tensors(path, tensors, metadata):
         os.chmod(temporary, 0o644)  # safetensors makes files that only their owner can read
 
 
-def cast_floats(state, dtype):
-    """{name: tensor} -> the same with the floating-point ones in `dtype`."""
-    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
-
-
 def save_adapter(path, model, meta, dtype=None):
     """adapter.safetensors: all that one needs beside the base model, in names that other tools
     read: control_model.* (ControlNet), conv_in and body.* (T2I-Adapter), adapter.* (OFT) or
     model.diffusion_model.* (Freestyle). dtype: of the stored weights, e.g. torch.bfloat16 (None:
     as they are); the class table stays fp32."""
     prefix = "" if model.kind == "t2i" else PREFIX[ADAPTER_PART[model.kind]]
-    tensors = {prefix + name: t for name, t in model.adapter.state_dict().items()}
-    if dtype:
-        tensors = cast_floats(tensors, dtype)
+    state = model.adapter.state_dict()
+    tensors = {prefix + name: t.to(dtype or t.dtype) for name, t in state.items()}
     tensors["layout.table"] = model.layout.table.float()
     save_tensors(path, tensors, {**meta, "format": "aldm-adapter"})
 
@@ -1035,9 +939,10 @@ def save_base(path, parts, token_ids=None):
         state = dict(state.state_dict() if isinstance(state, nn.Module) else state)
         if part == "text":
             table = state.pop("token_embedding.weight").float().cpu()
-            ids = (table != initial_tokens(table.shape[1])).any(dim=1).nonzero()[:, 0]
-            if token_ids is not None:
-                ids = torch.tensor(sorted(token_ids))
+            if token_ids is None:
+                token_ids = (table != initial_tokens(table.shape[1])).any(dim=1).nonzero()[:, 0]
+            ids = torch.tensor(sorted(token_ids))
             state |= {"token_embedding.rows": table[ids], "token_embedding.ids": ids}
-        tensors |= {PREFIX[part] + name: t for name, t in state.items()}
-    save_tensors(path, cast_floats(tensors, torch.float16), {})
+        for name, t in state.items():
+            tensors[PREFIX[part] + name] = t.half() if t.is_floating_point() else t
+    save_tensors(path, tensors, {})

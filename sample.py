@@ -23,7 +23,6 @@ import fcntl
 import io
 import json
 import math
-import platform
 import re
 import resource
 import sys
@@ -1003,15 +1002,15 @@ def parse_args(argv=None):
     add("--data", help="toy (or toy:night, ...), cityscapes, ade20k, coco or a folder (default: "
         "the adapter's)")
     add("--root", metavar="DIR", help="where the files of --data are")
-    add("--split", default="val", help="of --evaluate")
+    add("--split", default="val", help="of --evaluate (val)")
     add("--limit", type=number(1, kind=int), help="only the first so many layouts")
     add("--shard", type=shard, default=(0, 1), metavar="i/n", help="each n-th layout from the i-th "
         "on: for n processes")
-    add("--out", metavar="DIR", default="samples")
+    add("--out", metavar="DIR", default="samples", help="(samples)")
     add("--json", metavar="FILE", help="of --evaluate (default: evaluation.json in --out)")
     add("--n", type=number(1, kind=int), help="images per layout (default: 1; --evaluate: 2)")
     add("--seed", type=number(0, 2 ** 32, int), default=0)
-    add("--steps", type=number(1, 1000, int), default=25, help="of DDIM")
+    add("--steps", type=number(1, 1000, int), default=25, help="of DDIM (25)")
     add("--cfg", type=number(0), help="guidance scale, 1 for none (toy: 5, sd15: 7.5)")
     add("--eta", type=number(0, 1), default=0.0, help="0: deterministic, 1: as noisy as DDPM")
     add("--size", type=number(0, kind=int), help="shorter side in pixels; 0: the layout's "

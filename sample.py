@@ -298,13 +298,13 @@ def sample_layout(args, preset, classes, load):
     with tqdm(desc="DDIM steps") as bar:
         images = generate(model, label.expand(args.n, -1, -1), [args.prompt] * args.n, seeds,
                           **sampling(args), on_step=lambda i, x0_hat: bar.update())
-    layout = np.asarray(colorize(label, classes))
+    for seed, image in zip(seeds, images):
+        write_png(out / f"{stem}_{seed}.png", image)
+    row = [np.asarray(colorize(label, classes)), *images]
     titles = ["layout", *(f"seed {seed}" for seed in seeds)]
-    files = {f"{stem}_{seed}.png": image for seed, image in zip(seeds, images)}
-    files[f"{stem}_{args.seed}_grid.png"] = grid([[layout, *images]], titles)
-    for name, image in files.items():
-        write_png(out / name, image)
-    print(f"{out}: {', '.join(files)}")
+    path = out / f"{stem}_{args.seed}_grid.png"
+    write_png(path, grid([row], titles))
+    print(f"{args.n} images, and beside their layout in {path}")
 
 
 # -- a whole data set -----------------------------------------------------------------------------
@@ -694,7 +694,7 @@ def sample_and_judge(args, preset, classes, load):
         raise InputError(f"--out {out}: has images already: choose another folder")
     judges = choose_judges(args, preset, classes)
     count = len(dataset.names[:args.limit])
-    settings = {**sampling(args), "n": args.n, "seed": args.seed}
+    settings = dict(sampling(args), n=args.n, seed=args.seed)
     model = load()
     items = (load_picture(dataset, i) for i in tqdm(range(count), unit="layout"))
     result = evaluate(model, items, **judges, **settings, folder=out)
@@ -707,16 +707,18 @@ def sample_and_judge(args, preset, classes, load):
 def show(result):
     """The table of --evaluate: a row per class that is there, a column per kind of image."""
     kinds = [kind for kind in KINDS if f"mIoU_{kind}" in result]
-    print(f"{result['layouts']} layouts".ljust(20) + "".join(kind.rjust(14) for kind in kinds))
-    rows = {"mIoU": [result[f"mIoU_{kind}"] for kind in kinds]}
-    for name in result["IoU_real"]:
-        rows[f"  {name}"] = [result[f"IoU_{kind}"][name] for kind in kinds]
-    rows |= {key: [value] for key, value in result.items() if not key.startswith(("mIoU", "IoU"))}
-    rows |= {f"  {target}": [share] for target, share in rows.pop("editability_of")[0].items()}
+    rows = {f"{result['layouts']} layouts": kinds}
+    rows["mIoU"] = [result[f"mIoU_{kind}"] for kind in kinds]
+    for name, iou in result["IoU_real"].items():
+        if iou is not None:
+            rows[f"  {name}"] = [result[f"IoU_{kind}"][name] for kind in kinds]
+    for name in ("frechet_distance", "precision", "recall", "diversity", "diversity_pixels",
+                 "clip_score", "editability"):
+        rows[name.replace("_", " ")] = [result[name]]
+    for target, share in result["editability_of"].items():
+        rows[f"  {target}"] = [share]
     for name, values in rows.items():
-        if any(value is not None for value in values):
-            cells = ["-" if value is None else f"{value:.3f}" for value in values]
-            print(name.ljust(20) + "".join(cell.rjust(14) for cell in cells))
+        print(name.ljust(20) + "".join(str(value).rjust(14) for value in values))
 
 
 # -- how fast -------------------------------------------------------------------------------------

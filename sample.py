@@ -648,8 +648,7 @@ def load_judge(files, preset, classes):
     elif len(files) == 2 and classes.names != class_table("ade20k").names:
         unjudged = [name for name, ade in zip(classes.names, classes.ade)
                     if ade is None or classes.ade.count(ade) > 1]
-        note(f"--judge: knows ADE20K's classes, and so cannot tell {', '.join(unjudged)}: these "
-             "are left out of the mIoU (a segmenter that train.py has trained knows them)")
+        note(f"--judge: knows ADE20K's classes: {', '.join(unjudged)} are left out of the mIoU")
     judge = UperNet(len(classes.names), **shape)
     judge.decoder.conv_last[1].bias.data.fill_(-1e4)    # classes that no file has are never seen
     load_segmenter(files, judge, classes)
@@ -671,8 +670,7 @@ def choose_judges(args, preset, classes):
                          "file, or files, with --judge")
     path = try_to_load_from_cache(CLIP, "open_clip_model.safetensors")
     if not isinstance(path, str):
-        note(f"{CLIP} is not in the Hugging Face cache: what it would say of images and prompts "
-             "is left out")
+        note(f"{CLIP} is not in the Hugging Face cache: its figures are left out")
         return chosen
     chosen["clip"] = Clip(path, args.device)
     if args.prompts or "classifier" not in chosen:
@@ -933,8 +931,7 @@ def serve(args, load):
     model, examples = load(), []
     if model.preset == PRESETS["toy"]:
         examples = [toy_scene(10_000_001 + i)[1] for i in range(12)]
-    prompts = ("a street with a red car and trees, on a clear day", "a street at night",
-               "a street in snow", "a street in fog", "a street in rain")
+    prompts = "a street on a clear day", "a street at night", "a street in snow"
     try:
         server = painter(model, args.port, examples, prompts, args.steps, args.cfg)
     except OSError as error:

@@ -23,7 +23,6 @@ import fcntl
 import io
 import json
 import math
-import platform
 import re
 import resource
 import sys
@@ -55,7 +54,7 @@ from unet import OFT
 
 ADAPTER = ASSETS / "toy_aldm.safetensors"
 GUIDANCE = {"toy": 5.0, "sd15": 7.5}        # --cfg where none is given
-MAX_PIXELS = 4 * 2 ** 20                    # of one image
+CLIP = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 WEATHER = ("{caption}, night scene", "{caption}, snowy scene", "{caption}, foggy scene",
            "{caption}, rainy scene")        # what --evaluate asks for, as the authors do
 
@@ -109,15 +108,13 @@ def classes_of(meta, path, data=None):
     if data or not names or key in ("toy", "cityscapes", "ade20k", "coco"):
         classes = class_table(key)
         if names and classes.names != names:
-            raise InputError(f"{path}: is of {meta['dataset']}, {len(names)} classes "
-                             f"({', '.join(names[:3])}, ...), not of {key}, "
-                             f"{len(classes.names)} ({', '.join(classes.names[:3])}, ...)")
+            raise InputError(f"{path}: is of the {len(names)} classes of {meta['dataset']}, not of "
+                             f"the {len(classes.names)} of {key}")
         return classes
-    palette = np.array(meta["palette"], np.uint8)
     file_ids = np.full(256, -1, np.int16)           # a folder's: the ids are the classes
     file_ids[:len(names)] = np.arange(len(names))
     file_ids[IGNORE] = IGNORE
-    black = np.zeros((1, 3), np.uint8)
+    palette, black = np.array(meta["palette"], np.uint8), np.zeros((1, 3), np.uint8)
     return Classes(key, names, palette, (None,) * len(names), file_ids, black)
 
 
@@ -178,7 +175,7 @@ def from_pixels(pixels, device):
 
 def image_seed(seed, name):
     """The seed of the image `name` in a run with --seed `seed`: in every batch the same."""
-    return zlib.crc32(f"{seed}/{name}".encode(errors="surrogateescape"))
+    return zlib.crc32(f"{seed}/{name}".encode())
 
 
 # -- pictures and files ---------------------------------------------------------------------------
@@ -212,15 +209,15 @@ def draw_curves(log_csv, path, width=320, height=100):
     averaged over neighbouring steps. Without rows there is nothing to draw, and no file."""
     with open(log_csv, newline="") as file:
         rows = list(csv.DictReader(file))
-    names = list(rows[0])[1:] if rows else []
-    if not names:
+    if not rows:
         return
+    _, *names = rows[0]
+    table = np.array([[float(cell or "nan") for cell in row.values()] for row in rows])
     canvas = Image.new("RGB", (width, len(names) * height), "white")
     pen = ImageDraw.Draw(canvas)
     for panel, name in enumerate(names):
         top = panel * height
-        points = [(float(row["step"]), float(row[name])) for row in rows if row[name]]
-        points = np.array([point for point in points if math.isfinite(point[1])])
+        points = table[np.isfinite(table[:, panel + 1])][:, [0, panel + 1]]
         if not len(points):
             pen.text((4, top + 2), f"{name}: none yet", fill="black")
             continue
@@ -265,33 +262,21 @@ def make_folder(path):
     return Path(path)
 
 
-def safe_name(name):
-    """A file name that leads out of no folder, from the name of an item."""
-    return re.sub(r"[^\w.-]", "_", name).lstrip(".") or "_"
-
-
 # -- one layout -----------------------------------------------------------------------------------
 
 
-def resize_layout(label, preset, size, what, say=True):
-    """label [H,W] -> [h,w], by nearest, its shorter side `size` pixels (None: the preset's
-    training size, if the label is larger; 0: as it is). Says what is done, here and by `generate`.
-    Raises InputError where that is too large to sample."""
+def resize_layout(label, preset, size):
+    """label [H,W] -> [h,w], its shorter side `size` pixels (None: the preset's training size, if
+    the label is larger; 0: as it is)."""
     H, W = label.shape
     if size is None:
         size = min(preset.size, H, W)
     scale = size / min(H, W) if size else 1
-    h, w = round(H * scale), round(W * scale)
-    if h * w > MAX_PIXELS:
-        raise InputError(f"{what}: {w} x {h} pixels are too many to sample (at most "
-                         f"{MAX_PIXELS >> 20} Mpixel): give a smaller --size")
-    if say and (h, w) != (H, W):
-        note(f"{what}: {W} x {H} pixels, resized to {w} x {h} (--size 0 keeps it as it is)")
-    m = preset.multiple
-    if say and (h % m or w % m):
-        note(f"{what}: {w} x {h}, padded with void to {w + -w % m} x {h + -h % m} "
-             f"(multiples of {m}), images cropped")
-    picture = Image.fromarray(np.asarray(label, np.uint8)).resize((w, h), Image.NEAREST)
+    return resize_nearest(label, round(H * scale), round(W * scale))
+
+
+def resize_nearest(label, height, width):
+    picture = Image.fromarray(label.byte().numpy()).resize((width, height), Image.NEAREST)
     return torch.from_numpy(np.array(picture)).long()
 
 
@@ -300,38 +285,49 @@ def sampling(args):
     return {name: getattr(args, name) for name in ("negative", "steps", "cfg", "eta", "batch")}
 
 
-def sample_layout(model, label, args):
-    """--layout: n images of one label map [H,W], and a grid of layout and images, go to --out."""
-    out, stem = Path(args.out), Path(args.layout).stem
+def sample_layout(args, preset, classes, load):
+    """--layout: n images of one label map, and a grid of layout and images, go to --out."""
+    whole = read_layout(args.layout, classes)
+    label = resize_layout(whole, preset, args.size)
+    if label.shape != whole.shape:
+        note(f"{args.layout}: resized to {label.shape[1]} x {label.shape[0]} pixels; --size 0 "
+             "keeps its size")
+    out, stem = make_folder(args.out), Path(args.layout).stem
+    model = load()
     seeds = range(args.seed, args.seed + args.n)
-    batch = 1 if args.eta else args.batch
-    with tqdm(total=args.steps * math.ceil(args.n / batch), desc="DDIM steps") as bar:
+    with tqdm(desc="DDIM steps") as bar:
         images = generate(model, label.expand(args.n, -1, -1), [args.prompt] * args.n, seeds,
                           **sampling(args), on_step=lambda i, x0_hat: bar.update())
-    layout = np.asarray(colorize(label, model.classes))
+    for seed, image in zip(seeds, images):
+        write_png(out / f"{stem}_{seed}.png", image)
+    row = [np.asarray(colorize(label, classes)), *images]
     titles = ["layout", *(f"seed {seed}" for seed in seeds)]
-    files = {f"{stem}_{seed}.png": image for seed, image in zip(seeds, images)}
-    files[f"{stem}_{args.seed}_grid.png"] = grid([[layout, *images]], titles)
-    for name, image in files.items():
-        write_png(out / name, image)
-    print(f"{out}: {', '.join(files)}")
+    path = out / f"{stem}_{args.seed}_grid.png"
+    write_png(path, grid([row], titles))
+    print(f"{args.n} images, and beside their layout in {path}")
 
 
 # -- a whole data set -----------------------------------------------------------------------------
 
 
 def open_split(args, preset, classes, split):
-    """A split of --data, uncropped, at the size of the training -> dataset,
-    load(i) -> dict(image [3,H,W], label [H,W], caption, name)."""
-    key = args.data or classes.key
-    size = args.size or preset.size
-    dataset = open_dataset(key, args.root, split, size, grid=preset.vae.factor)
+    """A split of --data, at the size of the training."""
+    key, size = args.data or classes.key, args.size or preset.size
+    return open_dataset(key, args.root, split, size, grid=preset.vae.factor)
 
-    def load(i):
-        name = dataset.names[i]
-        image, label = dataset.full(i)
-        return dict(image=image, label=label, caption=dataset.caption(i, label), name=name)
-    return dataset, load
+
+def load_picture(dataset, i):
+    """A picture of a data set, uncropped -> dict(image [3,H,W], label [H,W], caption, name)."""
+    image, label = dataset.full(i)
+    caption = dataset.caption(i, label)
+    return dict(image=image, label=label, caption=caption, name=dataset.names[i])
+
+
+def load_layout(files, captions, classes, preset, size, i):
+    """One of a folder's layouts -> dict(label [H,W], caption)."""
+    label = resize_layout(read_layout(files[i], classes), preset, size)
+    caption = captions.get(files[i].stem) or compose_caption(label, classes.names)
+    return dict(label=label, caption=caption)
 
 
 def open_layouts(args, preset, classes):
@@ -339,27 +335,17 @@ def open_layouts(args, preset, classes):
     A layout that cannot be read is found here, not after hours."""
     place = Path(args.layouts)
     if not place.is_dir():
-        if os.sep in args.layouts:
-            raise InputError(f"--layouts {args.layouts}: no such folder")
-        dataset, load = open_split(args, preset, classes, args.layouts)
-        return dataset.names[:args.limit], load
+        dataset = open_split(args, preset, classes, args.layouts)
+        return dataset.names[:args.limit], partial(load_picture, dataset)
     folder = place / "labels" if (place / "labels").is_dir() else place
-    files = find_images(folder)
+    files = find_images(folder)[:args.limit]
     if not files:
-        raise InputError(f"--layouts {folder}: no .png in there: name a folder with layouts, or a "
-                         "split of --data")
-    out = Path(args.out)
-    if folder.resolve() in (out.resolve(), (out / "labels").resolve()):
+        raise InputError(f"--layouts {folder}: no .png in there")
+    if Path(args.out).resolve() in (place.resolve(), folder.resolve()):
         raise InputError(f"--out {args.out}: the layouts are there: choose another folder")
-    captions, files = read_captions(place, "", None), files[:args.limit]
-
-    def load(i, say=False):
-        label = read_layout(files[i], classes)
-        label = resize_layout(label, preset, args.size, files[i], say)
-        caption = captions.get(files[i].stem) or compose_caption(label, classes.names)
-        return dict(label=label, caption=caption)
+    load = partial(load_layout, files, read_captions(place, ""), classes, preset, args.size)
     for i in range(len(files)):
-        load(i, say=i == 0)
+        load(i)
     return [file.stem for file in files], load
 
 
@@ -376,65 +362,47 @@ def same_size(items, batch):
 
 
 def add_captions(out, new):
-    """Put {name: caption} into out/captions.json, one process after the other."""
+    """Put {name: caption} into out/captions.json, one shard's process after the other."""
     with open(out / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        captions = read_captions(out, "", None) | new
+        captions = read_captions(out, "") | new
         text = json.dumps(dict(sorted(captions.items())), indent=1, ensure_ascii=False)
         write_text(out / "captions.json", text)
 
 
-def data_settings(args):
-    """What made.json keeps: all that decides how an image of --layouts looks, beside its layout."""
-    keys = "prompts", "seed", "negative", "steps", "cfg", "eta", "size"
-    adapter = str(Path(args.ckpt).resolve())
-    return {"adapter": adapter, **{key: getattr(args, key) for key in keys}}
-
-
-def check_settings(out, settings):
-    """Raises InputError where `out` holds images that were made with other settings."""
+def open_output(args, classes):
+    """The folder --out of --layouts. Images of another seed, prompt or adapter stay by themselves:
+    InputError."""
+    out = make_folder(args.out)
+    for folder in (out, make_folder(out / "images"), make_folder(out / "labels")):
+        remove_leftovers(folder)
     path = out / "made.json"
-    if not path.exists():
-        return
-    made = json.loads(path.read_text("utf-8"))
-    for key, value in settings.items():
-        if made.get(key) != value:
-            raise InputError(f"{out}: its images were made with --{key} {made.get(key)!r}, not "
-                             f"{value!r}: choose another --out")
+    settings = dict(adapter=Path(args.ckpt).name, seed=args.seed, prompts=args.prompts)
+    if path.exists():
+        made = json.loads(path.read_text("utf-8"))
+        if made != settings:
+            raise InputError(f"{out}: its images were made with {made}: choose another --out")
+    write_text(path, json.dumps(settings, indent=1))
+    write_text(out / "classes.txt", classes_text(classes))
+    return out
 
 
-def plan_dataset(args, preset, classes):
-    """--layouts -> load(i) of `open_layouts`, and a list of (i, name, prompt): this shard's images
-    that are not in --out yet."""
-    names, load = open_layouts(args, preset, classes)
-    stems = [safe_name(name) for name in names]
-    if len(set(stems)) < len(stems):
-        twin = max(stems, key=stems.count)
-        raise InputError(f"--layouts {args.layouts}: two layouts are called {twin}: rename one")
-    out = Path(args.out)
-    folders = make_folder(out / "images"), make_folder(out / "labels")
-    check_settings(out, data_settings(args))
-    shard, shards = args.shard
-    todo = []
-    for i in range(shard, len(stems), shards):
-        for p, prompt in enumerate(args.prompts):
-            for k in range(args.n):
-                name = f"{stems[i]}_{p}_{k}"
-                if not all((folder / f"{name}.png").exists() for folder in folders):
-                    todo.append((i, name, prompt))
-    return load, todo
-
-
-def sample_dataset(model, load, todo, args):
+def sample_dataset(args, preset, classes, load):
     """--layouts: n images of each layout with each prompt, as a data set for `--data OUT`: images/,
     labels/, classes.txt, captions.json. What is there is left alone: the same command resumes."""
-    out = Path(args.out)
-    jobs = (dict(load(i), name=name, prompt=prompt) for i, name, prompt in todo)
-    for folder in (out, out / "images", out / "labels"):
-        remove_leftovers(folder)
+    names, load_item = open_layouts(args, preset, classes)
+    out = open_output(args, classes)
+    shard, shards = args.shard
+    todo = []
+    for i in range(shard, len(names), shards):
+        for p, prompt in enumerate(args.prompts):
+            for k in range(args.n):
+                name = f"{names[i]}_{p}_{k}"
+                if not (out / "images" / f"{name}.png").exists():
+                    todo.append((i, name, prompt))
+    jobs = (dict(load_item(i), name=name, prompt=prompt) for i, name, prompt in todo)
+    model = load()
     with tqdm(total=len(todo), unit="image", dynamic_ncols=True) as bar:
-        write_text(out / "classes.txt", classes_text(model.classes))
-        write_text(out / "made.json", json.dumps(data_settings(args), indent=1))
         for group in same_size(jobs, args.batch):
             names = [job["name"] for job in group]
             prompts = [job["prompt"].replace("{caption}", job["caption"]) for job in group]
@@ -442,11 +410,17 @@ def sample_dataset(model, load, todo, args):
             seeds = [image_seed(args.seed, name) for name in names]
             images = generate(model, labels, prompts, seeds, **sampling(args))
             add_captions(out, dict(zip(names, prompts)))
-            for name, label, image in zip(names, labels, images):
-                write_png(out / "labels" / f"{name}.png", label.byte().numpy())
-                write_png(out / "images" / f"{name}.png", image)    # last: so the rest is there
+            write_pairs(out, names, images, labels)
             bar.update(len(group))
     print(f"{out}: {len(todo)} new images; train on them with --data {out}")
+
+
+def write_pairs(out, names, images, labels):
+    """Images uint8 [B,H,W,3] and labels [B,H,W], as ids -> out/images, out/labels. The image comes
+    last: where it is there, the rest is."""
+    for name, image, label in zip(names, images, labels):
+        write_png(out / "labels" / f"{name}.png", label.byte().numpy())
+        write_png(out / "images" / f"{name}.png", image)
 
 
 # -- how good the images are ----------------------------------------------------------------------
@@ -465,34 +439,24 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     return distance.clamp(min=0).item()
 
 
-def precision_recall(real, fake, k=3):
-    """Kynkaanniemi et al. 2019: real [L,C], fake [M,C] -> the share of fakes that lie among the
-    real (precision), and of the real that lie among the fakes (recall): nearer to one of them
-    than its own k-th neighbour."""
-    return share_among(fake, real, k), share_among(real, fake, k)
-
-
-def share_among(points, others, k):
-    """The share of points [M,C] that lie among the others [L,C]."""
+def share_among(points, others, k=3):
+    """The share of points [M,C] that lie among the others [L,C]: nearer to one of them than its
+    own k-th neighbour. Of fakes among the real, it is the precision of Kynkaanniemi et al. 2019;
+    of the real among the fakes, the recall."""
     radius = torch.cdist(others, others).kthvalue(k + 1).values     # (the nearest is itself)
     return (torch.cdist(points, others) <= radius).any(1).double().mean().item()
 
 
 def diversity(features):
-    """features [L,n,C] of n samples for each of L layouts -> the mean distance between two
-    samples of one layout."""
-    L, n, _ = features.shape
-    return (torch.cdist(features, features).sum() / (L * n * (n - 1))).item()
+    """features [L,n,C] of n samples for each of L layouts -> the mean distance between two samples
+    of the layout [L]."""
+    n = features.shape[1]
+    return torch.cdist(features, features).sum((1, 2)) / (n * (n - 1))
 
 
 def pixel_features(images):
     """images [B,3,H,W] -> [B,C], so that distances are RMS differences of pixels, from 0 to 1"""
     return images.flatten(1) / 2 / images[0].numel() ** 0.5
-
-
-def pooled_features(judge, images):
-    """images [B,3,H,W] -> [B,C]: the last map of the judge's encoder, averaged over its places"""
-    return judge.features(images)[-1].mean((2, 3))
 
 
 def toy_edit(caption, i):
@@ -516,44 +480,20 @@ def prompt_edit(prompts, caption, i):
 
 
 class Clip:
-    """open_clip's image and text features, if the weights are in the Hugging Face cache; they are
-    never downloaded."""
-    NAME, REPO = "ViT-B-32", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
+    """open_clip's cosines of images and texts."""
 
-    @classmethod
-    def find(cls):
-        """-> the path of the weights, or None"""
-        for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"):
-            path = try_to_load_from_cache(cls.REPO, name)
-            if isinstance(path, str):
-                return path
-        return None
+    def __init__(self, path, device):
+        self.net = open_clip.create_model("ViT-B-32", pretrained=path, device=device).eval()
+        self.tokenize = open_clip.get_tokenizer("ViT-B-32")
 
-    def __init__(self, device):
-        self.net = open_clip.create_model(self.NAME, pretrained=self.find(), device=device).eval()
-        self.tokenize = open_clip.get_tokenizer(self.NAME)
-        self.device = device
-
-    @torch.no_grad()
-    def encode_images(self, images):
-        """images [B,3,H,W] in [-1,1] -> unit vectors [B,512]"""
+    def __call__(self, images, texts):
+        """images [B,3,H,W] in [-1,1], P texts -> [B,P]"""
         mean = images.new_tensor(open_clip.OPENAI_DATASET_MEAN)[:, None, None]
         std = images.new_tensor(open_clip.OPENAI_DATASET_STD)[:, None, None]
         images = F.interpolate(images, (224, 224), mode="bicubic", antialias=True).clamp(-1, 1)
-        return F.normalize(self.net.encode_image(((images + 1) / 2 - mean) / std), dim=1)
-
-    @torch.no_grad()
-    def encode_texts(self, texts):
-        """B texts -> unit vectors [B,512]"""
-        return F.normalize(self.net.encode_text(self.tokenize(texts).to(self.device)), dim=1)
-
-    def classify(self, texts, images):
-        """P texts, images [B,3,H,W] -> cosines [B,P]"""
-        return self.encode_images(images) @ self.encode_texts(texts).T
-
-    def score(self, images, prompts):
-        """images [B,3,H,W], B prompts -> the cosine of each image and its prompt [B]"""
-        return (self.encode_images(images) * self.encode_texts(prompts)).sum(1)
+        seen = self.net.encode_image(((images + 1) / 2 - mean) / std)
+        said = self.net.encode_text(self.tokenize(texts).to(images.device))
+        return F.normalize(seen, dim=1) @ F.normalize(said, dim=1).T
 
 
 def draw_samples(model, group, prompts, k, seed, options):
@@ -563,82 +503,12 @@ def draw_samples(model, group, prompts, k, seed, options):
     return from_pixels(generate(model, labels, prompts, seeds, **options), model.device)
 
 
-class Tally:
-    """What `evaluate` has found so far.
-
-    confusion    kind of image -> [N,N]; rows are the true classes
-    features     kind of image -> list of [b,C]
-    spread       for each layout the diversity of its samples in features, and in pixels
-    scores       the cosines of images and their prompts
-    hits         target -> whether the classifier sees it in each image that should show it
-    """
-    KINDS = "generated", "edited", "reconstructed", "real"
-
-    def __init__(self, judge, features, names, targets):
-        self.judge, self.describe, self.names = judge, features, names
-        self.confusion, self.features = {}, {}
-        self.spread, self.scores = [], []
-        self.hits = {target: [] for target in targets}
-        self.layouts = 0
-
-    def add(self, kind, images, label):
-        """images [b,3,H,W] against label [b,H,W]. Outputs of the judge beyond N are passed over."""
-        N = len(self.names)
-        found = self.judge(images)[:, :N].argmax(1)
-        confusion = confusion_matrix(found.cpu(), label, N)
-        self.confusion[kind] = self.confusion.get(kind, 0) + confusion
-        self.features.setdefault(kind, []).append(self.describe(images).double().cpu())
-
-    def add_spread(self, samples):
-        """n batches [b,3,H,W], each with a sample of the same b layouts"""
-        features = torch.stack([self.describe(images) for images in samples], 1)    # [b,n,C]
-        pixels = torch.stack([pixel_features(images) for images in samples], 1)
-        self.spread += [(diversity(features), diversity(pixels))] * len(features)
-
-    def result(self, unjudged):
-        """-> the dict that `evaluate` returns"""
-        result = {"layouts": self.layouts}
-        for kind in self.KINDS:
-            if kind in self.confusion:
-                _, iou = mean_iou(self.confusion[kind])
-                iou[[self.names.index(name) for name in unjudged]] = math.nan
-                result[f"mIoU_{kind}"] = rounded(iou.nanmean().item())
-                result[f"IoU_{kind}"] = dict(zip(self.names, map(rounded, iou.tolist())))
-        real, fake = torch.cat(self.features["real"]), torch.cat(self.features["generated"])
-        result |= compare_features(real, fake)
-        result["diversity"] = mean([features for features, _ in self.spread])
-        result["diversity_pixels"] = mean([pixels for _, pixels in self.spread])
-        result["clip_score"] = mean(self.scores)
-        result["editability"] = mean(sum(self.hits.values(), []))
-        result["editability_of"] = {target: mean(hits) for target, hits in self.hits.items()}
-        return result
-
-
-def compare_features(real, fake):
-    """real [L,C], fake [M,C] -> dict of the distances between them; None: too few to tell"""
-    found = dict(frechet_distance=None, precision=None, recall=None)
-    if len(real) > 1:
-        moments = real.mean(0), torch.cov(real.T), fake.mean(0), torch.cov(fake.T)
-        found["frechet_distance"] = rounded(frechet_distance(*moments))
-    if len(real) > 3:
-        precision, recall = precision_recall(real, fake)
-        found |= dict(precision=rounded(precision), recall=rounded(recall))
-    return found
-
-
-def rounded(value):
-    """For JSON, which has no nan."""
-    return None if math.isnan(value) else round(value, 5)
-
-
-def mean(values):
-    return rounded(sum(values) / len(values)) if values else None
+KINDS = "generated", "edited", "reconstructed", "real"      # of images that are judged
 
 
 @torch.no_grad()
-def evaluate(model, items, judge, classifier=None, edit=toy_edit, targets=DOMAINS, features=None,
-             text_score=None, n=4, diverse=None, unjudged=(), seed=0, batch=8, folder=None,
-             bar=None, **options):
+def evaluate(model, items, judge, classifier=None, edit=toy_edit, targets=DOMAINS, clip=None, n=4,
+             diverse=None, unjudged=(), seed=0, batch=8, folder=None, **options):
     """Do images generated from the items' layouts obey them, look like the items' images, obey
     words, and vary?
 
@@ -647,9 +517,7 @@ def evaluate(model, items, judge, classifier=None, edit=toy_edit, targets=DOMAIN
     classifier   images [B,3,H,W] in [-1,1] -> scores [B,len(targets)]: do images of edited prompts
                  show their target? edit(caption, i) -> the i-th layout's edited prompt, and the
                  index of its target. None: left out
-    features     images -> [B,C] for Frechet distance, precision, recall, diversity; None: the
-                 judge's
-    text_score   images, B prompts -> the cosine of each image and its prompt [B]; None: left out
+    clip         images, B prompts -> their cosines [B,B]; None: the text score is left out
     n            samples of each layout; all count
     diverse      quicker: only the first so many layouts (in whole batches) have n samples, for
                  the diversity alone; all else is said of one sample of each layout
@@ -659,56 +527,103 @@ def evaluate(model, items, judge, classifier=None, edit=toy_edit, targets=DOMAIN
     -> dict of plain values, ready for JSON ("reconstructed" images are the autoencoder's: the best
     that generated ones can be); None: cannot be told, as the IoU of a class that is not there
     """
-    features = features or partial(pooled_features, judge)
-    targets = list(targets) if classifier else []
-    tally = Tally(judge, features, model.classes.names, targets)
     options["batch"] = batch
+    found = {kind: [] for kind in KINDS}            # of each batch (features, confusion matrix)
+    spread, scores, answers = [], [], []
+    layouts, classes = 0, model.classes
     for group in same_size(items, batch):
         label = torch.stack([item["label"] for item in group])
         captions = [item["caption"] for item in group]
         real = torch.stack([item["image"] for item in group]).to(model.device)
-        tally.add("real", real, label)
         decoded = model.vae.decode(model.vae.encode(real)).clamp(-1, 1)
-        tally.add("reconstructed", decoded, label)
-        several = n if diverse is None or tally.layouts < diverse else 1
+        several = n if diverse is None or layouts < diverse else 1
         samples = [draw_samples(model, group, captions, k, seed, options) for k in range(several)]
-        for images in samples if diverse is None else samples[:1]:
-            tally.add("generated", images, label)
-            if text_score:
-                tally.scores += text_score(images, captions).tolist()
+        judged = samples if diverse is None else samples[:1]
+        shown = {"real": [real], "reconstructed": [decoded], "generated": judged}
+        if clip:
+            for images in judged:
+                scores += clip(images, captions).diag().tolist()
         if several > 1:
-            tally.add_spread(samples)
+            spread += compare_samples(judge, samples)
         if folder:
-            keep_samples(folder, group, samples, n)
+            for k, images in enumerate(samples):
+                names = [f"{item['name']}_{k}" for item in group]
+                write_pairs(folder, names, to_pixels(images), label)
         if classifier:
-            edits = [edit(caption, tally.layouts + i) for i, caption in enumerate(captions)]
-            prompts, wanted = map(list, zip(*edits))
-            images = draw_samples(model, group, prompts, "edited", seed, options)
-            tally.add("edited", images, label)
-            for target, answer in zip(wanted, classifier(images).argmax(1).tolist()):
-                tally.hits[targets[target]].append(answer == target)
-        tally.layouts += len(group)
-        if bar:
-            bar.update(len(group))
-    return tally.result(unjudged)
+            edits = [edit(caption, layouts + i) for i, caption in enumerate(captions)]
+            images = draw_samples(model, group, [e[0] for e in edits], "edited", seed, options)
+            shown["edited"] = [images]
+            answers += zip([e[1] for e in edits], classifier(images).argmax(1).tolist())
+        for kind, batches in shown.items():
+            found[kind] += [ask_judge(judge, images, label, classes) for images in batches]
+        layouts += len(group)
+    result = {"layouts": layouts, "clip_score": mean(scores)}
+    result |= summarize_judgement(found, classes.names, unjudged)
+    result |= summarize_answers(answers, targets if classifier else ())
+    result["diversity"] = mean([features for features, _ in spread])
+    result["diversity_pixels"] = mean([pixels for _, pixels in spread])
+    return result
 
 
-def sample_name(name, k, n):
-    """The file name of sample k of n of the item `name`."""
-    return safe_name(name) if n == 1 else f"{safe_name(name)}_{k}"
+def judge_features(judge, images):
+    """images [B,3,H,W] -> [B,C]: the last map of the judge's encoder, averaged over its places"""
+    return judge.features(images)[-1].mean((2, 3))
 
 
-def keep_samples(folder, group, samples, n):
-    """Write samples (each [b,3,H,W]) of b layouts, and their labels as ids, beside the figures. A
-    full disk does not stop the evaluation."""
-    try:
-        for k, images in enumerate(samples):
-            for item, pixels in zip(group, to_pixels(images)):
-                name = sample_name(item["name"], k, n)
-                write_png(folder / "images" / f"{name}.png", pixels)
-                write_png(folder / "labels" / f"{name}.png", item["label"].byte().numpy())
-    except OSError as error:
-        note(f"{error}: this image is judged, but not kept")
+def ask_judge(judge, images, label, classes):
+    """images [b,3,H,W] against label [b,H,W] -> the judge's features [b,C], and what it takes the
+    classes for [N,N], a row per true class. Its outputs beyond N are passed over."""
+    N = len(classes.names)
+    found = judge(images)[:, :N].argmax(1).cpu()
+    features = judge_features(judge, images).double().cpu()
+    return features, confusion_matrix(found, label, N)
+
+
+def compare_samples(judge, samples):
+    """n batches [b,3,H,W], each with a sample of the same b layouts -> for each layout the
+    diversity of the judge's features, and of the pixels."""
+    features = torch.stack([judge_features(judge, images) for images in samples], 1)    # [b,n,C]
+    pixels = torch.stack([pixel_features(images) for images in samples], 1)
+    return list(zip(diversity(features).tolist(), diversity(pixels).tolist()))
+
+
+def summarize_judgement(found, names, unjudged):
+    """found: kind of image -> list of (features, confusion) -> mIoU, IoU and distances."""
+    result = {}
+    for kind in KINDS:
+        if found[kind]:
+            _, iou = mean_iou(sum(confusion for _, confusion in found[kind]))
+            iou[[names.index(name) for name in unjudged]] = math.nan
+            result[f"mIoU_{kind}"] = rounded(iou.nanmean().item())
+            result[f"IoU_{kind}"] = dict(zip(names, map(rounded, iou.tolist())))
+    real = torch.cat([features for features, _ in found["real"]])
+    fake = torch.cat([features for features, _ in found["generated"]])
+    result |= dict(frechet_distance=None, precision=None, recall=None)      # too few to tell
+    if len(real) > 1:
+        moments = real.mean(0), torch.cov(real.T), fake.mean(0), torch.cov(fake.T)
+        result["frechet_distance"] = rounded(frechet_distance(*moments))
+    if len(real) > 3:
+        result["precision"] = rounded(share_among(fake, real))
+        result["recall"] = rounded(share_among(real, fake))
+    return result
+
+
+def summarize_answers(answers, targets):
+    """answers: pairs of the target's index and what the classifier says -> editability: the share
+    of its answers that are right, of all and of each target."""
+    hits = [said == wanted for wanted, said in answers]
+    each = {target: mean([said == i for wanted, said in answers if wanted == i])
+            for i, target in enumerate(targets)}
+    return {"editability": mean(hits), "editability_of": each}
+
+
+def rounded(value):
+    """For JSON, which has no nan."""
+    return None if math.isnan(value) else round(value, 5)
+
+
+def mean(values):
+    return rounded(sum(values) / len(values)) if values else None
 
 
 def toy_judges(parts, device):
@@ -724,26 +639,25 @@ def load_judge(files, preset, classes):
     """--judge, a segmenter of ours or mit-semseg's two files -> UperNet, and the names of the
     classes that it cannot tell: an ADE20K segmenter has one output for several of them, or none."""
     _, meta = read_parts(files[0])
-    ours = meta.get("format") == "aldm-segmenter"
-    if ours and tuple(meta["names"]) != classes.names:
-        raise InputError(f"--judge {files[0]}: knows the {len(meta['names'])} classes of "
-                         f"{meta['dataset']}, not those of {classes.key}")
-    shape = PRESETS[meta["preset"]].segmenter if ours else preset.segmenter
+    shape, unjudged = preset.segmenter, []
+    if meta.get("format") == "aldm-segmenter":
+        if tuple(meta["names"]) != classes.names:
+            raise InputError(f"--judge {files[0]}: knows the {len(meta['names'])} classes of "
+                             f"{meta['dataset']}, not those of {classes.key}")
+        shape = PRESETS[meta["preset"]].segmenter
+    elif len(files) == 2 and classes.names != class_table("ade20k").names:
+        unjudged = [name for name, ade in zip(classes.names, classes.ade)
+                    if ade is None or classes.ade.count(ade) > 1]
+        note(f"--judge: knows ADE20K's classes: {', '.join(unjudged)} are left out of the mIoU")
     judge = UperNet(len(classes.names), **shape)
     judge.decoder.conv_last[1].bias.data.fill_(-1e4)    # classes that no file has are never seen
     load_segmenter(files, judge, classes)
-    unjudged = []
-    if len(files) == 2 and classes.names != class_table("ade20k").names:
-        unjudged = [name for name, ade in zip(classes.names, classes.ade)
-                    if ade is None or classes.ade.count(ade) > 1]
-        note(f"--judge: knows ADE20K's classes, and so cannot tell {', '.join(unjudged)}: these "
-             "are left out of the mIoU (a segmenter that train.py has trained knows them)")
     return judge.eval(), unjudged
 
 
 def choose_judges(args, preset, classes):
-    """--judge, --features, --prompts, and what there is on this machine -> those arguments of
-    `evaluate` that judge, by name."""
+    """--judge, --prompts, and what there is on this machine -> those arguments of `evaluate` that
+    judge, by name."""
     chosen = {}
     if preset == PRESETS["toy"] and classes.names == class_table("toy").names:
         parts = load_weights(args.sd or base_file("toy"))
@@ -754,78 +668,63 @@ def choose_judges(args, preset, classes):
     if not chosen:
         raise InputError("--evaluate needs a segmenter that the training has not seen: name its "
                          "file, or files, with --judge")
-    by_prompts = args.prompts or "classifier" not in chosen
-    if not Clip.find():
-        missing = f"{Clip.REPO} is not in the Hugging Face cache"
-        if args.features == "clip":
-            raise InputError(f"--features clip: {missing}")
-        if by_prompts:
-            note(f"the editability by prompts is left out: {missing}")
+    path = try_to_load_from_cache(CLIP, "open_clip_model.safetensors")
+    if not isinstance(path, str):
+        note(f"{CLIP} is not in the Hugging Face cache: its figures are left out")
         return chosen
-    clip = Clip(args.device)
-    chosen["text_score"] = clip.score
-    if args.features == "clip":
-        chosen["features"] = clip.encode_images
-    if by_prompts:
+    chosen["clip"] = Clip(path, args.device)
+    if args.prompts or "classifier" not in chosen:
         prompts = args.prompts or WEATHER
         targets = [prompt.replace("{caption}", "").strip(" ,") or prompt for prompt in prompts]
-        chosen |= dict(classifier=partial(clip.classify, targets), targets=targets,
+        chosen |= dict(targets=targets, classifier=partial(chosen["clip"], texts=targets),
                        edit=partial(prompt_edit, prompts))
     return chosen
 
 
-def plan_evaluation(args, preset, classes):
-    """--evaluate -> the items to judge (an iterator) and their number, the judges, and the file of
-    the figures: all that can be refused before the work."""
-    dataset, load = open_split(args, preset, classes, args.split)
-    names = dataset.names[:args.limit]
-    out = Path(args.out)
+def sample_and_judge(args, preset, classes, load):
+    """--evaluate: a table, the same as JSON, and the images."""
+    dataset = open_split(args, preset, classes, args.split)
+    out = make_folder(args.out)
     path = Path(args.json or out / "evaluation.json")
-    make_folder(out / "labels")
     check_target(path)
-    ours = {f"{sample_name(name, k, args.n)}.png" for name in names for k in range(args.n)}
-    others = sorted({file.name for file in make_folder(out / "images").glob("*.png")} - ours)
-    if others:
-        raise InputError(f"--out {out}: has {len(others)} other images, such as {others[0]}: "
-                         "choose another folder")
-    return map(load, range(len(names))), len(names), choose_judges(args, preset, classes), path
-
-
-def sample_and_judge(model, items, count, judges, path, args):
-    """--evaluate: a table, and the same as JSON."""
-    settings = {**sampling(args), "n": args.n, "seed": args.seed}
-    with tqdm(total=count, unit="layout", dynamic_ncols=True) as bar:
-        result = evaluate(model, items, **judges, **settings, folder=Path(args.out), bar=bar)
+    make_folder(out / "labels")
+    if find_images(make_folder(out / "images")):
+        raise InputError(f"--out {out}: has images already: choose another folder")
+    judges = choose_judges(args, preset, classes)
+    count = len(dataset.names[:args.limit])
+    settings = dict(sampling(args), n=args.n, seed=args.seed)
+    model = load()
+    items = (load_picture(dataset, i) for i in tqdm(range(count), unit="layout"))
+    result = evaluate(model, items, **judges, **settings, folder=out)
     show(result)        # before it is written, as the disk may be full
-    about = dict(adapter=str(args.ckpt), data=args.data or model.classes.key, split=args.split,
-                 features=args.features)
+    about = dict(adapter=str(args.ckpt), data=args.data or classes.key, split=args.split)
     write_text(path, json.dumps({**result, **settings, **about}, indent=1))
-    print(f"written to {path}; the images are in {args.out}")
+    print(f"written to {path}; the images are in {out}")
 
 
 def show(result):
     """The table of --evaluate: a row per class that is there, a column per kind of image."""
-    kinds = [kind for kind in Tally.KINDS if f"mIoU_{kind}" in result]
-    rows = {"mIoU": [result[f"mIoU_{kind}"] for kind in kinds]}
-    for name in result["IoU_real"]:
-        rows[f"  {name}"] = [result[f"IoU_{kind}"][name] for kind in kinds]
+    kinds = [kind for kind in KINDS if f"mIoU_{kind}" in result]
+    rows = {f"{result['layouts']} layouts": kinds}
+    rows["mIoU"] = [result[f"mIoU_{kind}"] for kind in kinds]
+    for name, iou in result["IoU_real"].items():
+        if iou is not None:
+            rows[f"  {name}"] = [result[f"IoU_{kind}"][name] for kind in kinds]
     for name in ("frechet_distance", "precision", "recall", "diversity", "diversity_pixels",
                  "clip_score", "editability"):
         rows[name.replace("_", " ")] = [result[name]]
     for target, share in result["editability_of"].items():
         rows[f"  {target}"] = [share]
-    print(f"{result['layouts']} layouts".ljust(20) + "".join(kind.rjust(14) for kind in kinds))
     for name, values in rows.items():
-        if values != [None] * len(values):
-            cells = ["-" if value is None else f"{value:.3f}" for value in values]
-            print(name.ljust(20) + "".join(cell.rjust(14) for cell in cells))
+        print(name.ljust(20) + "".join(str(value).rjust(14) for value in values))
 
 
 # -- how fast -------------------------------------------------------------------------------------
 
 
-def bench(model, args):
+def bench(args, load):
     """--bench: seconds, TFLOP and memory of sampling."""
+    model = load()
     side = args.size or model.preset.size
     label = torch.full((args.batch, side, side), IGNORE)
     sample = partial(generate, model, label, [args.prompt] * args.batch, range(args.batch),
@@ -875,26 +774,7 @@ HEADERS = {"Content-Security-Policy": "default-src 'self' 'unsafe-inline' data:;
            "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Connection": "close"}
 
 
-def get_text(given, key):
-    """given[key], a text of at most 2000 characters; "" if it is not there."""
-    value = given.get(key, "")
-    if not isinstance(value, str) or len(value) > 2000 or re.search("[\ud800-\udfff]", value):
-        raise InputError(f"{key} must be a text of at most 2000 characters, "
-                         f"not {json.dumps(value):.60}")
-    return value
-
-
-def get_number(given, key, low, high, kinds=(int,)):
-    """given[key], a number of one of these kinds in [low, high]."""
-    value = given.get(key)
-    if type(value) not in kinds or not low <= value <= high:
-        what = "whole number" if kinds == (int,) else "number"
-        raise InputError(f"{key} must be a {what} from {low} to {high}, "
-                         f"not {json.dumps(value):.60}")
-    return value
-
-
-def read_request(raw, classes):
+def read_body(raw, classes):
     """The body of a request -> its layout [H,W], and the object with the other fields."""
     try:
         given = dict(json.loads(raw))
@@ -914,6 +794,22 @@ def read_request(raw, classes):
         raise InputError(f"there is no room for the layout: {error.strerror}") from None
 
 
+def read_words(given, max_steps):
+    """The other fields of a request, checked -> prompt, negative, seed, steps, cfg."""
+    words = {}
+    for key in ("prompt", "negative"):
+        words[key] = given.get(key, "")
+        if not isinstance(words[key], str) or len(words[key]) > 2000:
+            raise InputError(f"{key} must be a text of at most 2000 characters")
+    whole, any_number = (int,), (int, float)
+    for key, kinds, low, high in (("seed", whole, 0, 2 ** 32 - 1), ("steps", whole, 1, max_steps),
+                                  ("cfg", any_number, 0, 50)):
+        words[key] = given.get(key)
+        if type(words[key]) not in kinds or not low <= words[key] <= high:
+            raise InputError(f"{key} must be a number from {low} to {high}")
+    return words
+
+
 def encode(array):
     """uint8 [H,W,3] -> a PNG, uint8 [H,W] -> one byte per pixel; both in base64."""
     if array.ndim == 2:
@@ -924,7 +820,7 @@ def encode(array):
 
 
 class PageServer(ThreadingHTTPServer):
-    """model, lock (of whoever uses the model), page (what assets/paint.html must know)"""
+    """page (bytes), size of its canvas, model, lock (of whoever uses the model)"""
 
     def handle_error(self, request, client_address):
         error = sys.exc_info()[1]
@@ -933,96 +829,81 @@ class PageServer(ThreadingHTTPServer):
 
 
 class PageHandler(BaseHTTPRequestHandler):
-    """GET / is the page; POST /layout reads a layout's file; POST /generate streams lines of JSON,
+    """GET is the page; POST /layout reads a layout's file; POST /generate streams lines of JSON,
     one for each step, and the image."""
     timeout = 30        # seconds without a byte from a client, or to one
 
     def log_message(self, *args):
         pass
 
-    def answer(self, code, body=b"", kind="application/json"):
-        """body: bytes, or a dict. The connection's end is its end: more may follow."""
+    def answer(self, code, kind, body=b""):
+        """The connection's end is the body's end: more may follow."""
         self.send_response(code)
         for name, value in {"Content-Type": kind, **HEADERS}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(json.dumps(body).encode() if isinstance(body, dict) else body)
-
-    def is_foreign(self):
-        """Pages of other sites get nothing, neither by their own name nor by one of theirs that
-        points here -> whether this is one, and has been told."""
-        port = self.server.server_port
-        hosts = f"127.0.0.1:{port}", f"localhost:{port}"
-        origins = None, f"http://{hosts[0]}", f"http://{hosts[1]}"
-        if self.headers["Host"] in hosts and self.headers["Origin"] in origins:
-            return False
-        self.answer(403, {"error": f"only for {origins[1]} (a forwarded port keeps its number)"})
-        return True
-
-    def do_GET(self):
-        if self.is_foreign():
-            return
-        if self.path != "/":
-            return self.answer(404)
-        text = json.dumps(self.server.page).replace("<", "\\u003c")     # no name ends the script
-        page = PAGE.read_text("utf-8").replace("__WORLD__", text)
-        self.answer(200, page.encode(), "text/html; charset=utf-8")
-
-    def do_POST(self):
-        length = self.headers["Content-Length"] or ""
-        if not re.fullmatch("[0-9]{1,12}", length):
-            return self.answer(400, {"error": "a request needs its Content-Length"})
-        left = int(length)
-        if left > BODY:
-            self.answer(413, {"error": f"the request has {left} bytes; at most {BODY} are taken"})
-            # most clients read the answer only when they have sent it all
-            while left > 0 and (got := len(self.rfile.read(min(left, 2 ** 16)))):
-                left -= got
-            return
-        raw = self.rfile.read(left)
-        if self.is_foreign():
-            return
-        page = self.server.page
-        try:
-            label, given = read_request(raw, self.server.model.classes)
-            size = label.shape[::-1]
-            label = F.interpolate(label[None, None].float(), (page["height"], page["width"]),
-                                  mode="nearest-exact")[0, 0].long()
-            if self.path == "/layout":
-                return self.answer(200, {"layout": encode(label.byte().numpy()), "size": size})
-            words = dict(prompt=get_text(given, "prompt"), negative=get_text(given, "negative"),
-                         seed=get_number(given, "seed", 0, 2 ** 32 - 1),
-                         steps=get_number(given, "steps", 1, page["max_steps"]),
-                         cfg=get_number(given, "cfg", 0, 50, (int, float)))
-        except InputError as error:
-            return self.answer(400, {"error": str(error)})
-        if self.path != "/generate":
-            return self.answer(404, {"error": "there are /layout and /generate"})
-        self.answer(200, kind="application/x-ndjson")
-        if self.server.lock.locked():
-            self.send(waiting=True)
-        with self.server.lock:
-            self.generate(label, words)
+        self.wfile.write(body)
 
     def send(self, **line):
         self.wfile.write(json.dumps(line).encode() + b"\n")
 
-    def generate(self, label, words):
-        """Send what becomes of label [H,W]: a line for each step, some with its estimate."""
-        model, steps, start = self.server.model, words["steps"], time.time()
-        shown = {steps * k // PREVIEWS for k in range(PREVIEWS)}
-        cut = model.text.cut(words["prompt"])
-        if cut:
-            self.send(note=f"the prompt is too long: the model does not see its end, {cut:.200}")
+    def check_origin(self):
+        """Pages of other sites get nothing, neither by their own name nor by one of theirs that
+        points here."""
+        port = self.server.server_port
+        hosts = f"127.0.0.1:{port}", f"localhost:{port}"
+        origins = None, f"http://{hosts[0]}", f"http://{hosts[1]}"
+        if self.headers["Host"] not in hosts or self.headers["Origin"] not in origins:
+            raise InputError(f"only for {origins[1]} (a forwarded port keeps its number)")
 
-        def send_step(i, x0_hat):
-            line = dict(step=i + 1, of=steps)
-            if i in shown:
-                line["image"] = encode(to_pixels(model.vae.decode(x0_hat.float()))[0])
-            self.send(**line)
+    def do_GET(self):
         try:
-            image = generate(model, label[None], [words["prompt"]], [words["seed"]],
-                             words["negative"], steps, words["cfg"], on_step=send_step)[0]
+            self.check_origin()
+            self.answer(200, "text/html; charset=utf-8", self.server.page)
+        except InputError as error:
+            self.answer(400, "text/plain", str(error).encode())
+
+    def do_POST(self):
+        try:
+            label, given, size = self.read_request()
+            if self.path == "/generate":
+                words = read_words(given, len(self.server.model.schedule.alphas_cumprod))
+        except InputError as error:
+            self.answer(400, "application/json")
+            return self.send(error=str(error))
+        self.answer(200, "application/x-ndjson")
+        if self.path == "/layout":
+            return self.send(layout=encode(label.byte().numpy()), size=size)
+        with self.server.lock:
+            self.generate(label, **words)
+
+    def read_request(self):
+        """-> label [H,W] of the page's size, the object with the other fields, the size that the
+        layout had."""
+        length = self.headers["Content-Length"] or ""
+        if not re.fullmatch("[0-9]{1,12}", length) or int(length) > BODY:
+            raise InputError(f"a request must say its length, at most {BODY} bytes")
+        raw = self.rfile.read(int(length))
+        self.check_origin()
+        label, given = read_body(raw, self.server.model.classes)
+        return resize_nearest(label, *self.server.size), given, label.shape[::-1]
+
+    def send_step(self, steps, i, x0_hat):
+        """After each of the steps: a line, and some estimates as images."""
+        line = dict(step=i + 1, of=steps)
+        if i % (steps // PREVIEWS + 1) == 0:
+            line["image"] = encode(to_pixels(self.server.model.vae.decode(x0_hat.float()))[0])
+        self.send(**line)
+
+    def generate(self, label, prompt, negative, seed, steps, cfg):
+        """Send what becomes of label [H,W]."""
+        model, start = self.server.model, time.time()
+        try:
+            cut = model.text.cut(prompt)
+            if cut:
+                self.send(note=f"the prompt is too long: the model does not see its end, {cut}")
+            image = generate(model, label[None], [prompt], [seed], negative, steps, cfg,
+                             on_step=partial(self.send_step, steps))[0]
         except OSError:
             raise
         except Exception as error:          # the card's memory is full, ...: the server lives on
@@ -1034,22 +915,23 @@ def painter(model, port=8000, examples=(), prompts=(), steps=25, cfg=2.0):
     """The page's server, for this machine only. examples: labels [H,W] of one size, whose classes
     are offered first; without any, the canvas is the preset's square."""
     height, width = examples[0].shape if examples else (model.preset.size,) * 2
+    world = dict(names=model.classes.names, palette=model.classes.palette.tolist(),
+                 examples=[encode(label) for label in examples], height=height, width=width,
+                 prompts=prompts, steps=steps, cfg=cfg, limit=BODY,
+                 max_steps=len(model.schedule.alphas_cumprod))
+    text = json.dumps(world).replace("<", "\\u003c")        # no name ends the script
     server = PageServer(("127.0.0.1", port), PageHandler)
-    server.model, server.lock = model, threading.Lock()
-    server.page = dict(names=model.classes.names, palette=model.classes.palette.tolist(),
-                       examples=[encode(label) for label in examples], height=height, width=width,
-                       prompts=prompts, steps=steps, cfg=cfg, limit=BODY,
-                       max_steps=len(model.schedule.alphas_cumprod))
+    server.page = PAGE.read_text("utf-8").replace("__WORLD__", text).encode()
+    server.model, server.size, server.lock = model, (height, width), threading.Lock()
     return server
 
 
-def serve(model, args):
+def serve(args, load):
     """--serve: the page, until Ctrl+C."""
-    examples = []
+    model, examples = load(), []
     if model.preset == PRESETS["toy"]:
         examples = [toy_scene(10_000_001 + i)[1] for i in range(12)]
-    prompts = ("a street with a red car and trees, on a clear day", "a street at night",
-               "a street in snow", "a street in fog", "a street in rain")
+    prompts = "a street on a clear day", "a street at night", "a street in snow"
     try:
         server = painter(model, args.port, examples, prompts, args.steps, args.cfg)
     except OSError as error:
@@ -1074,8 +956,8 @@ def number(low, high=math.inf, kind=float, exclusive=False):
             value = kind(text)
         except ValueError:
             value = math.nan
-        too_low = value <= low if exclusive else value < low
-        if too_low or not value <= high or value == math.inf:       # nan fails the second
+        inside = low <= value <= high and value < math.inf          # not so for nan
+        if not inside or exclusive and value == low:
             raise argparse.ArgumentTypeError(f"must be {wanted}, not {text!r}")
         return value
     return parse
@@ -1104,8 +986,7 @@ def parse_args(argv=None):
     p.error = refuse
     mode = p.add_mutually_exclusive_group(required=True)
     mode.add_argument("--layout", metavar="FILE", help="a label map: ids or colours, PNG")
-    mode.add_argument("--layouts", metavar="DIR|SPLIT", help="make a data set from the layouts in "
-                      "a folder, or of a split of --data")
+    mode.add_argument("--layouts", metavar="DIR|SPLIT", help="make a data set of such layouts")
     mode.add_argument("--evaluate", action="store_true", help="how good is --split of --data?")
     mode.add_argument("--serve", action="store_true", help="a page to paint layouts on")
     mode.add_argument("--bench", action="store_true", help="how fast is sampling?")
@@ -1116,29 +997,26 @@ def parse_args(argv=None):
         "is its own (default: {caption}). Of --evaluate: what edited prompts ask for")
     add("--ckpt", "--adapter", default=ADAPTER, help="an adapter, or a run's folder")
     add("--sd", metavar="FILE", help="Stable Diffusion 1.x (default: downloaded; toy: in assets/)")
-    add("--preset", choices=list(PRESETS), help="refuse an adapter of another one")
     add("--class-embeddings", metavar="FILE", help="what an official adapter was trained with")
     add("--data", help="toy (or toy:night, ...), cityscapes, ade20k, coco or a folder (default: "
         "the adapter's)")
     add("--root", metavar="DIR", help="where the files of --data are")
-    add("--split", default="val", help="of --evaluate (default: %(default)s)")
+    add("--split", default="val", help="of --evaluate (val)")
     add("--limit", type=number(1, kind=int), help="only the first so many layouts")
     add("--shard", type=shard, default=(0, 1), metavar="i/n", help="each n-th layout from the i-th "
         "on: for n processes")
-    add("--out", metavar="DIR", default="samples", help="(default: %(default)s)")
+    add("--out", metavar="DIR", default="samples", help="(samples)")
     add("--json", metavar="FILE", help="of --evaluate (default: evaluation.json in --out)")
     add("--n", type=number(1, kind=int), help="images per layout (default: 1; --evaluate: 2)")
-    add("--seed", type=number(0, 2 ** 32, int), default=0, help="(default: %(default)s)")
-    add("--steps", type=number(1, 1000, int), default=25, help="of DDIM (default: %(default)s)")
-    add("--cfg", type=number(0), help="guidance scale, 1 for none (default: "
-        + ", ".join(f"{name} {scale:g}" for name, scale in GUIDANCE.items()) + ")")
+    add("--seed", type=number(0, 2 ** 32, int), default=0)
+    add("--steps", type=number(1, 1000, int), default=25, help="of DDIM (25)")
+    add("--cfg", type=number(0), help="guidance scale, 1 for none (toy: 5, sd15: 7.5)")
     add("--eta", type=number(0, 1), default=0.0, help="0: deterministic, 1: as noisy as DDPM")
     add("--size", type=number(0, kind=int), help="shorter side in pixels; 0: the layout's "
         "(default: at most the training size)")
-    add("--batch", type=number(1, kind=int), default=8, help="(default: %(default)s)")
+    add("--batch", type=number(1, kind=int), default=8)
     add("--judge", nargs="+", metavar="FILE", help="segmenter that judges: one of train.py's, or "
         "mit-semseg's encoder and decoder")
-    add("--features", choices=["judge", "clip"], default="judge", help="of the Frechet distance")
     add("--port", type=number(0, 65535, int), default=8000, help="of --serve")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
     return p.parse_args(argv)
@@ -1147,9 +1025,6 @@ def parse_args(argv=None):
 def check_args(args, meta, parts, classes):
     """Raises InputError for flags that do not go with the adapter; sets the defaults that depend
     on it."""
-    if args.preset not in (None, meta["preset"]):
-        raise InputError(f"{args.ckpt}: is of the {meta['preset']} preset, not --preset "
-                         f"{args.preset}")
     if args.root and classes.key == "toy":
         raise InputError("--root: the toy has no files")
     embeds = meta["adapter"] in ("controlnet", "oft") and meta["hint"] == "classes"
@@ -1167,30 +1042,34 @@ def check_args(args, meta, parts, classes):
         args.cfg = GUIDANCE[meta["preset"]]
 
 
-def run(args):
-    """Everything that can be refused is, before the large files are read."""
-    args.device = pick_device(args.device)
-    meta, parts = read_adapter(args.ckpt)
-    classes = classes_of(meta, args.ckpt, args.data)
-    check_args(args, meta, parts, classes)
-    preset = PRESETS[meta["preset"]]
-    if args.layout:
-        label = read_layout(args.layout, classes)
-        work = sample_layout, resize_layout(label, preset, args.size, args.layout)
-        make_folder(args.out)
-    elif args.layouts:
-        work = sample_dataset, *plan_dataset(args, preset, classes)
-    elif args.evaluate:
-        work = sample_and_judge, *plan_evaluation(args, preset, classes)
-    else:
-        work = (serve if args.serve else bench,)
+def open_model(args, meta, parts, classes):
+    """The model that flags name, and a note of prompts that are too long for it."""
     model = build_model(meta, parts, args.ckpt, classes, args.sd, args.device,
                         embeddings=args.class_embeddings)
     for prompt in dict.fromkeys([args.prompt, args.negative, *(args.prompts or [])]):
-        if cut := model.text.cut(prompt):
+        cut = model.text.cut(prompt)
+        if cut:
             note(f"a prompt is longer than the 77 tokens that the model reads; cut off is: {cut}")
-    task, *plan = work
-    task(model, *plan, args)
+    return model
+
+
+def run(args):
+    """Each task refuses what it can before it calls `load`, which reads the large files."""
+    args.device = pick_device(args.device)
+    meta, parts = read_adapter(args.ckpt)
+    classes, preset = classes_of(meta, args.ckpt, args.data), PRESETS[meta["preset"]]
+    check_args(args, meta, parts, classes)
+    load = partial(open_model, args, meta, parts, classes)
+    if args.layout:
+        sample_layout(args, preset, classes, load)
+    elif args.layouts:
+        sample_dataset(args, preset, classes, load)
+    elif args.evaluate:
+        sample_and_judge(args, preset, classes, load)
+    elif args.serve:
+        serve(args, load)
+    else:
+        bench(args, load)
 
 
 def main():

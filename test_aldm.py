@@ -1569,28 +1569,27 @@ def test_a_file_that_gets_lost_in_the_middle_is_named(tmp_path, workers, kind):
     assert text.startswith(str(root)) and "\n" not in text
 
 
-# -- sampling, generation, evaluation ---------------------------------------------------------------------------------
+# -- sampling, generation, evaluation -------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def toy_files(tmp_path_factory):
-    """A base model, its judges and an adapter of the toy's real sizes, at random; three layouts in labels/."""
+    """A base model, its judges and an adapter of the toy's real sizes, at random; one of two own
+    classes; three layouts in labels/."""
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
     preset, classes = PRESETS["toy"], class_table("toy")
-    save_base(folder / "toy.safetensors", dict(
-        unet=UNet(preset.unet), vae=VAE(preset.vae), text=TextEncoder(**preset.text), judge=UperNet(19, **JUDGE),
-        domain=Classifier(5)), token_ids=range(100))
+    parts = dict(unet=UNet(preset.unet), vae=VAE(preset.vae), text=TextEncoder(**preset.text),
+                 judge=UperNet(19, **JUDGE), domain=Classifier(5))
+    save_base(folder / "toy.safetensors", parts, token_ids=range(100))
     model = ALDM(preset, *load_frozen("toy", folder / "toy.safetensors")[:3], classes)
     for p in model.adapter.parameters():
         p.data += 0.02 * torch.randn_like(p)
-    meta = dict(preset="toy", dataset="toy", names=classes.names, palette=classes.palette, adapter="controlnet",
-                hint="classes", step=0)
+    meta = dict(preset="toy", dataset="toy", names=classes.names, palette=classes.palette,
+                adapter="controlnet", hint="classes", step=0)
     save_adapter(folder / "adapter.safetensors", model, meta)
-    names = ("road", "sky")
-    model.classes = SimpleNamespace(names=names, palette=np.array([(1, 2, 3), (4, 5, 6)]))
-    save_adapter(folder / "other.safetensors", model, {**meta, "dataset": "elsewhere", "names": names,
-                                                       "palette": model.classes.palette})
+    meta |= dict(dataset="elsewhere", names=("road", "sky"), palette=[(1, 2, 3), (4, 5, 6)])
+    save_adapter(folder / "other.safetensors", model, meta)
     (folder / "labels").mkdir()
     for i, label in enumerate(Toy("val", length=3).labels):
         Image.fromarray(label).save(folder / "labels" / f"street{i}.png")
@@ -1604,13 +1603,14 @@ def toy_model(toy_files):
 
 @pytest.fixture
 def cli(toy_files, tmp_path, monkeypatch, capsys):
-    """sample.py's command line, in this process, on the toy's files -> exit code, stdout, stderr."""
+    """sample.py's command line on the toy's files -> exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "try_to_load_from_cache", lambda *_: None)
 
     def run(*argv):
-        files = ["--ckpt", toy_files / "adapter.safetensors"] * ("--ckpt" not in argv) + \
-                ["--sd", toy_files / "toy.safetensors"] * ("--sd" not in argv)
-        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, [*files, "--device", "cpu", *argv])])
+        files = ["--ckpt", toy_files / "adapter.safetensors", "--sd", toy_files / "toy.safetensors"]
+        argv = map(str, ["sample.py", *files, "--device", "cpu", *argv])
+        monkeypatch.setattr(sys, "argv", list(argv))
         code = 0
         try:
             sample.main()
@@ -1624,537 +1624,470 @@ def pictures(folder):
     return {p.name: np.asarray(Image.open(p)) for p in sorted(folder.glob("*.png"))}
 
 
-# -- generate ---------------------------------------------------------------------------------------------------------
+def alike(a, b):
+    """Equal images, but for the rounding of other batches."""
+    return np.abs(np.asarray(a).astype(int) - b).max() <= 1
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_an_image_depends_on_its_own_seed_alone(toy_model, eta):
     labels, seeds = torch.from_numpy(Toy("val", length=4).labels), [5, 6, 7, 5]
     prompts = ["a street at night", "", "a street in fog", "a street at night"]
+    options = dict(steps=3, eta=eta, cfg=2.0)
     before = torch.get_rng_state()
-    at_once = sample.generate(toy_model, labels, prompts, seeds, steps=3, eta=eta, cfg=2.0)
-    assert torch.equal(before, torch.get_rng_state()) and at_once.dtype == np.uint8 and at_once.shape == (4, 64, 64, 3)
-    for i in (3, 1):
-        alone = sample.generate(toy_model, labels[i:i + 1], prompts[i:i + 1], seeds[i:i + 1], steps=3, eta=eta, cfg=2.0)
-        assert np.abs(alone[0].astype(int) - at_once[i]).max() <= 1
-    pairs = sample.generate(toy_model, labels, prompts, seeds, steps=3, eta=eta, cfg=2.0, batch=2)
-    assert np.abs(pairs.astype(int) - at_once).max() <= 1
-    other = sample.generate(toy_model, labels[:1], prompts[:1], [8], steps=3, eta=eta, cfg=2.0)
+    at_once = sample.generate(toy_model, labels, prompts, seeds, **options)
+    assert torch.equal(before, torch.get_rng_state())
+    assert at_once.dtype == np.uint8 and at_once.shape == (4, 64, 64, 3)
+    pairs = sample.generate(toy_model, labels, prompts, seeds, batch=2, **options)
+    assert alike(pairs, at_once)
+    alone = sample.generate(toy_model, labels[3:], prompts[3:], seeds[3:], **options)
+    assert alike(alone[0], at_once[3])
+    other = sample.generate(toy_model, labels[:1], prompts[:1], [8], **options)
     assert np.abs(other[0].astype(int) - at_once[0]).mean() > 2
 
 
 def test_generate_pads_with_void_and_crops_back(toy_model):
     label, seen = torch.from_numpy(Toy("val", length=1).labels)[:, :40, :50], []
-    images = sample.generate(toy_model, label, ["x"], [0], steps=2, on_step=lambda i, x0_hat: seen.append(x0_hat.shape))
+    images = sample.generate(toy_model, label, ["x"], [0], steps=2,
+                             on_step=lambda i, x0_hat: seen.append(x0_hat.shape))
     assert images.shape == (1, 40, 50, 3) and seen == [(1, 16, 12, 16)] * 2
     padded = torch.full((1, 48, 64), IGNORE)
     padded[:, :40, :50] = label
-    assert np.array_equal(images, sample.generate(toy_model, padded, ["x"], [0], steps=2)[:, :40, :50])
+    whole = sample.generate(toy_model, padded, ["x"], [0], steps=2)
+    assert np.array_equal(images, whole[:, :40, :50])
 
 
-def test_layouts_are_resized_by_nearest():
-    toy, sd15 = PRESETS["toy"], PRESETS["sd15"]
-    label = torch.from_numpy(np.random.default_rng(0).integers(0, 19, (96, 200)))
-    for preset, size, shape in ((toy, None, (64, 133)), (toy, 0, (96, 200)), (toy, 32, (32, 67)), (toy, 96, (96, 200)),
-                                (toy, 128, (128, 267)), (sd15, None, (96, 200)), (sd15, 512, (512, 1067))):
-        small = sample.resize_layout(label, preset, size, "x")
-        by_pil = Image.fromarray(label.numpy().astype(np.uint8)).resize(shape[::-1], Image.NEAREST)
-        assert small.shape == shape and np.array_equal(small, np.asarray(by_pil))
-    with pytest.raises(InputError, match="--size"):
-        sample.resize_layout(torch.zeros(3000, 3000).long(), toy, 0, "x")
+@pytest.mark.parametrize("preset, size, shape", [
+    ("toy", None, (64, 120)), ("toy", 0, (96, 180)), ("sd15", None, (96, 180)),
+    ("sd15", 512, (512, 960))])
+def test_layouts_are_resized_by_nearest(preset, size, shape):
+    label = torch.arange(96 * 180).view(96, 180) % 19
+    rows, cols = ((np.arange(n) + 0.5) * 96 / shape[0] for n in shape)
+    small = sample.resize_layout(label, PRESETS[preset], size)
+    assert torch.equal(small, label[rows.astype(int)][:, cols.astype(int)])
 
 
 def test_grid():
     a, b = np.full((4, 6, 3), 10, np.uint8), np.full((4, 6, 3), 20, np.uint8)
-    picture = np.asarray(sample.grid([[a, b], [b]]))
-    assert picture.shape == (2 * 8 + 2, 2 * 12 + 2, 3)
-    assert (picture[:8, :12] == 10).all() and (picture[:8, 14:] == 20).all() and (picture[10:, :12] == 20).all()
-    assert (picture[8:10] == 255).all() and (picture[:, 12:14] == 255).all() and (picture[10:, 14:] == 255).all()
-    assert sample.grid([[np.zeros((200, 300, 3), np.uint8)] * 2]).size == (602, 200)       # large ones stay
-    a, b = np.full((200, 300, 3), 10, np.uint8), np.full((200, 300, 3), 20, np.uint8)
-    titled = np.asarray(sample.grid([[a, b]], ["left", "a title far too long for its column " * 9]))
-    assert titled.shape == (214, 602, 3) and (titled[14:, :300] == 10).all() and (titled[14:, 302:] == 20).all()
-    left, right = titled[:14, :300], titled[:14, 302:]
-    assert 0 < (left < 128).sum() < (right < 128).sum() and (titled[:14, 298:302] == 255).all()
+    picture = np.asarray(sample.grid([[a, b], [b]], ["a title too long for its column", "b"]))
+    assert picture.shape == (14 + 2 * 8 + 2, 2 * 12 + 2, 3)             # small ones are doubled
+    titles, picture = picture[:14], picture[14:]
+    for part, value in ((picture[:8, :12], 10), (picture[:8, 14:], 20), (picture[10:, :12], 20),
+                        (picture[8:10], 255), (picture[:, 12:14], 255), (picture[10:, 14:], 255)):
+        assert (part == value).all()
+    assert (titles[:, 2:10] < 128).any() and (titles[:, 12:15] == 255).all()
 
 
 def test_curves(tmp_path):
-    """A panel per loss; a falling curve goes from the upper left to the lower right of its panel."""
-    rows = ["step,falls,lazy,nothing", *(f"{i},{100 - i},{'0.5' if i % 8 == 0 else ''}," for i in range(1, 60))]
-    for name, text, shape in (("full", rows, (300, 320)), ("one", rows[:2], (300, 320)), ("header", rows[:1], None),
-                              ("odd", ["step,loss", "1,nan", "2,1.0", "3,inf", "4,2.0", "5"], (100, 320)),
-                              ("nan", ["step,loss", "1,nan"], (100, 320)), ("empty", [], None)):
-        (tmp_path / "log.csv").write_text("".join(f"{row}\n" for row in text))
-        sample.draw_curves(tmp_path / "log.csv", tmp_path / f"{name}.png")
-        if shape is None:
-            assert not (tmp_path / f"{name}.png").exists()
-        else:
-            assert np.asarray(Image.open(tmp_path / f"{name}.png")).shape == (*shape, 3)
-    panel = np.asarray(Image.open(tmp_path / "full.png"))[20:100]
-    y, x = np.nonzero((panel == (0, 0, 128)).all(-1))                    # navy
-    assert y[x == x.min()].max() < 10 and y[x == x.max()].min() > 65 and x.max() - x.min() > 300
-    assert not (np.asarray(Image.open(tmp_path / "full.png"))[220:] != 255).any()        # "nothing" has no curve
+    """A panel per loss; a falling curve goes from its panel's upper left to the lower right."""
+    rows = [f"{i},{100 - i},{'0.5' if i % 8 == 0 else 'nan'}," for i in range(1, 60)]
+    log, picture = tmp_path / "log.csv", tmp_path / "curves.png"
+    log.write_text("step,falls,lazy,nothing")
+    sample.draw_curves(log, picture)
+    assert not picture.exists()
+    log.write_text("\n".join(["step,falls,lazy,nothing", *rows, "60"]))       # the last is torn
+    sample.draw_curves(log, picture)
+    pixels = np.asarray(Image.open(picture))
+    assert pixels.shape == (300, 320, 3) and (pixels[220:] == 255).all()
+    y, x = np.nonzero((pixels[20:100] == (0, 0, 128)).all(-1))          # navy
+    assert y[x == x.min()].max() < 10 and y[x == x.max()].min() > 65 and np.ptp(x) > 300
 
 
 @pytest.mark.parametrize("kind", ["t2i", "oft", "freestyle"])
 def test_every_adapter_samples_from_its_file(kind, toy_files, tmp_path):
-    classes = class_table("toy")
-    model = ALDM(PRESETS["toy"], *load_frozen("toy", toy_files / "toy.safetensors")[:3], classes, kind)
+    classes, base = class_table("toy"), toy_files / "toy.safetensors"
+    model = ALDM(PRESETS["toy"], *load_frozen("toy", base)[:3], classes, kind)
     for p in model.adapter.parameters():
         p.data = p + 0.02 * torch.randn_like(p)
-    save_adapter(tmp_path / "a.safetensors", model, dict(preset="toy", dataset="toy", names=classes.names, adapter=kind,
-                                                         palette=classes.palette, hint=model.layout.kind, step=0))
+    meta = dict(preset="toy", dataset="toy", names=classes.names, palette=classes.palette,
+                adapter=kind, hint=model.layout.kind, step=0)
+    save_adapter(tmp_path / "a.safetensors", model, meta)
     label = torch.from_numpy(Toy("val", length=1).labels)
     expected = sample.generate(model, label, ["night"], [0], steps=2)
     for merge in (True, False):
-        loaded = sample.load_model(tmp_path / "a.safetensors", toy_files / "toy.safetensors", merge=merge)
-        image = sample.generate(loaded, label, ["night"], [0], steps=2)
-        assert np.abs(image.astype(int) - expected).max() <= 1
+        loaded = sample.load_model(tmp_path / "a.safetensors", base, merge=merge)
+        assert alike(sample.generate(loaded, label, ["night"], [0], steps=2), expected)
 
 
-# -- formulas, against known cases and NumPy --------------------------------------------------------------------------
+# Formulas, against known cases and NumPy.
 
 
-def test_frechet_distance():
-    t = lambda v: torch.tensor(v, dtype=torch.float64)
-    # in one dimension (m1 - m2)^2 + (s1 - s2)^2; where the axes are the same, the sum of these
-    assert sample.frechet_distance(t([1.]), t([[4.]]), t([4.]), t([[25.]])) == pytest.approx(9 + 9)
-    diagonal = t([0., 1.]), torch.diag(t([9., 1.])), t([2., 1.]), torch.diag(t([1., 16.]))
-    assert sample.frechet_distance(*diagonal) == pytest.approx(4 + 4 + 9)
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(50, 7)), rng.normal(size=(60, 7)) @ rng.normal(size=(7, 7)) + 1
-    c1, c2 = np.cov(x.T), np.cov(y.T)
-    cross = np.sqrt(np.linalg.eigvals(c1 @ c2).real).sum()          # of the product itself, which is not symmetric
-    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(c1) + np.trace(c2) - 2 * cross
-    ours = sample.frechet_distance(t(x.mean(0)), t(c1), t(y.mean(0)), t(c2))
-    assert ours == pytest.approx(expected, rel=1e-9)
-    assert sample.frechet_distance(t(x.mean(0)), t(c1), t(x.mean(0)), t(c1)) == pytest.approx(0, abs=1e-9)
-    few = torch.cov(t(rng.normal(size=(4, 7))).T)                   # singular covariances, as of few images
-    assert 0 <= sample.frechet_distance(t(np.zeros(7)), few, t(np.zeros(7)), few) < 1e-6
+def frechet_by_hand(real, fake):
+    """real [L,C], fake [M,C]"""
+    (m1, c1), (m2, c2) = ((v.mean(0), np.cov(v.T)) for v in (real, fake))
+    cross = np.sqrt(np.linalg.eigvals(c1 @ c2).real.clip(0)).sum()      # of the product itself
+    return ((m1 - m2) ** 2).sum() + np.trace(c1) + np.trace(c2) - 2 * cross
 
 
-def test_precision_recall():
-    rng = np.random.default_rng(0)
-    real, fake = rng.normal(size=(40, 3)), rng.normal(size=(30, 3)) * 0.6 + 0.5
-
-    def share(points, among, k):
-        hits = 0
-        for p in points:
-            hits += any(np.linalg.norm(p - q) <= sorted(np.linalg.norm(q - r) for r in among)[k] for q in among)
-        return hits / len(points)
-
-    for k in (1, 3):
-        assert sample.precision_recall(torch.tensor(real), torch.tensor(fake), k) == \
-            pytest.approx((share(fake, real, k), share(real, fake, k)))
-    assert sample.precision_recall(torch.tensor(real), torch.tensor(real)) == (1, 1)
-    assert sample.precision_recall(torch.tensor(real), torch.tensor(real) + 100) == (0, 0)
-    one_mode = torch.tensor(real[:10] * 1e-3)                       # precise, but without variety
-    precision, recall = sample.precision_recall(torch.tensor(real), one_mode)
-    assert precision == 1 and recall < 0.2
-
-
-def test_diversity():
-    features = torch.tensor([[[0., 0], [3, 4], [0, 0]], [[1., 1], [1, 1], [1, 1]]])
-    assert sample.diversity(features) == pytest.approx((5 + 5 + 0) / 3 / 2)
+def test_frechet_distance_precision_recall():
+    t, rng = torch.tensor, np.random.default_rng(0)
+    # where the axes are the same, the distance is the sum of (m1 - m2)^2 + (s1 - s2)^2
+    a, b = (t([0., 1.]), t([[9., 0], [0, 1]])), (t([2., 1.]), t([[1., 0], [0, 16]]))
+    assert sample.frechet_distance(*a, *b) == pytest.approx(4 + 4 + 9)
+    few = torch.cov(t(rng.normal(size=(4, 7))).T)           # singular, as of few images
+    assert 0 <= sample.frechet_distance(few[0], few, few[0], few) < 1e-6
+    real, fake = rng.normal(size=(40, 3)), rng.normal(size=(30, 3)) + 1
+    moments = [t(value) for v in (real, fake) for value in (v.mean(0), np.cov(v.T))]
+    expected = pytest.approx(frechet_by_hand(real, fake), rel=1e-9)
+    assert sample.frechet_distance(*moments) == expected
+    radius = np.sort(np.linalg.norm(real[:, None] - real, axis=-1), axis=1)[:, 3]
+    inside = (np.linalg.norm(fake[:, None] - real, axis=-1) <= radius).any(1).mean()
+    assert sample.share_among(t(fake), t(real)) == pytest.approx(inside) and 0 < inside < 1
+    one_mode = t(real[:10] * 1e-3)                          # precise, but without variety
+    assert sample.share_among(one_mode, t(real)) == 1
+    assert sample.share_among(t(real), one_mode) < 0.2
 
 
 def test_toy_edit_names_another_domain():
-    scenes = Toy("val", DOMAINS, length=40)
-    for i, caption in enumerate(scenes.captions.values()):
+    for i, caption in enumerate(Toy("val", DOMAINS, length=40).captions.values()):
         edited, target = sample.toy_edit(caption, i // 5)
         assert target != i % 5 and edited.endswith(sample.PHRASES[DOMAINS[target]][0])
-        assert edited.split(" with ")[-1].rpartition(",")[0] == caption.split(" with ")[-1].rpartition(",")[0]
+        assert edited.rpartition(",")[0] == caption.rpartition(",")[0]
     assert {sample.toy_edit("a street at night", i)[1] for i in range(4)} == {0, 2, 3, 4}
-    assert sample.toy_edit("a road", 1) == ("a road, at night", 1)       # a caption that names no weather
+    assert sample.toy_edit("a road", 1) == ("a road, at night", 1)      # it names no weather
 
 
 @pytest.fixture
 def red_world(monkeypatch):
-    """Images whose red is the class: the judge reads it back, the generator makes known mistakes -> what it is asked
-    for, and `evaluate` on five layouts of three classes."""
+    """Images whose red is the class: the judge reads it back, the generator makes known mistakes.
+    -> `evaluate` on five layouts of three classes, and what it should see."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, (5, 8, 8))
     labels[0, 0] = IGNORE
     wrong, worse = np.where(labels == 2, 1, labels), np.where(labels == 1, 0, labels)
-    paint = lambda label: np.repeat(label[..., None] % 256 * 10, 3, -1).astype(np.uint8)
-    items = [dict(label=torch.tensor(y), image=sample.from_pixels(paint(y)[None], "cpu")[0], name=f"x/{i}",
-                  caption=f"c{i}") for i, y in enumerate(labels)]
     asked = []
 
+    def paint(label):
+        return np.repeat(label[..., None] % 256 * 10, 3, -1).astype(np.uint8)
+
     def generate(model, label, prompts, seeds, batch, steps):
-        """Sample 0 never has class 2, the others never class 1."""
+        """Sample 0 and the edited one never have class 2, the others never class 1."""
         asked.extend(zip(prompts, seeds))
         index = [next(i for i in range(5) if np.array_equal(labels[i], y)) for y in label]
-        first = [seed in (sample.image_seed(4, f"x/{i}/0"), sample.image_seed(4, f"x/{i}/edited"))
+        first = [seed in (sample.image_seed(4, f"x{i}/0"), sample.image_seed(4, f"x{i}/edited"))
                  for i, seed in zip(index, seeds)]
         return paint(np.where(np.array(first)[:, None, None], wrong[index], worse[index]))
 
     class Judge:
         def __call__(self, x):
-            return F.one_hot(((x[:, 0] + 1) * 12.75).round().long().clamp(max=3), 4).permute(0, 3, 1, 2)
+            classes = ((x[:, 0] + 1) * 12.75).round().long().clamp(max=3)
+            return F.one_hot(classes, 4).permute(0, 3, 1, 2)
 
         def features(self, x):
             return [x]
     monkeypatch.setattr(sample, "generate", generate)
     vae = SimpleNamespace(encode=lambda x: -x, decode=lambda z: -z)
-    model = SimpleNamespace(classes=SimpleNamespace(names=("a", "b", "c")), device="cpu", vae=vae)
-    return SimpleNamespace(labels=labels, wrong=wrong, worse=worse, paint=paint, asked=asked, items=items,
-                           evaluate=lambda n_items=5, **more: sample.evaluate(
-                               model, items[:n_items], Judge(), steps=7, seed=4, batch=2, **more))
+    classes = SimpleNamespace(names=("a", "b", "c"))
+    model = SimpleNamespace(classes=classes, device="cpu", vae=vae)
+    items = [dict(label=torch.tensor(y), image=sample.from_pixels(paint(y)[None], "cpu")[0],
+                  name=f"x{i}", caption=f"c{i}") for i, y in enumerate(labels)]
+
+    def evaluate(items=items, **options):
+        return sample.evaluate(model, items, Judge(), steps=7, seed=4, batch=2, **options)
+    return SimpleNamespace(labels=labels, wrong=wrong, worse=worse, paint=paint, asked=asked,
+                           items=items, evaluate=evaluate)
 
 
-def iou_by_hand(labels, found, c):
-    valid = labels != IGNORE
-    return ((labels == c) & (found == c) & valid).sum() / ((labels == c) | (found == c))[valid].sum()
-
-
-def frechet_by_hand(real, fake):
-    mu, cov = zip(*((v.mean(0), np.cov(v.T)) for v in (real, fake)))
-    root = np.sqrt(np.linalg.eigvals(cov[0] @ cov[1]).real.clip(0)).sum()
-    return ((mu[0] - mu[1]) ** 2).sum() + np.trace(cov[0]) + np.trace(cov[1]) - 2 * root
+def iou_by_hand(labels, found):
+    valid, iou = labels != IGNORE, []
+    for c in range(3):
+        both, either = (labels == c) & (found == c), (labels == c) | (found == c)
+        iou.append((both & valid).sum() / (either & valid).sum())
+    return iou
 
 
 def test_evaluate_against_confusion_by_hand(red_world):
     w = red_world
-    classifier, edit = lambda x: torch.tensor([[0., 1, 0]]).expand(len(x), 3), lambda caption, i: (f"{caption}!", i % 3)
-    options = dict(classifier=classifier, edit=edit, targets="xyz", n=3)
-    quick = w.evaluate(**options, diverse=5)                             # of each layout, one sample counts
-    iou = [iou_by_hand(w.labels, w.wrong, c) for c in range(3)]
-    assert quick["mIoU_generated"] == pytest.approx(np.mean(iou), abs=1e-5)
-    assert quick["mIoU_real"] == quick["mIoU_reconstructed"] == 1
-    assert list(quick["IoU_generated"].values()) == pytest.approx(iou, abs=1e-5) and iou[2] == 0
-    assert quick["layouts"] == 5 and quick["editability"] == 0.4         # targets 0 1 2 0 1, answers 1
-    assert quick["editability_of"] == {"x": 0, "y": 1, "z": 0} and quick["clip_score"] is None
-    f = lambda y: w.paint(y).reshape(len(y), 64, 3).mean(1) / 127.5 - 1
-    assert quick["frechet_distance"] == pytest.approx(frechet_by_hand(f(w.labels), f(w.wrong)), abs=1e-4)
-    assert len(w.asked) == len(set(w.asked)) == 5 * (1 + 1 + 2)          # of each layout: plain, edited, two more
-    assert w.asked[0] == ("c0", sample.image_seed(4, "x/0/0"))
-    all_count = w.evaluate(**options)
+
+    def features(labels):
+        return w.paint(labels).reshape(len(labels), 64, 3).mean(1) / 127.5 - 1
+    options = dict(classifier=lambda x: torch.tensor([[0., 1, 0]]).expand(len(x), 3), targets="xyz",
+                   edit=lambda caption, i: (f"{caption}!", i % 3), n=3, clip=lambda images, prompts:
+                   torch.tensor([float(prompt[1:]) for prompt in prompts]).diag())
+    quick = w.evaluate(**options, diverse=5)                # of each layout, one sample counts
+    assert len(w.asked) == len(set(w.asked)) == 5 * (1 + 1 + 2)      # plain, edited, two more
+    assert w.asked[0] == ("c0", sample.image_seed(4, "x0/0"))
+    every = w.evaluate(**options)
     found = np.concatenate([w.wrong, w.worse, w.worse])
-    iou = [iou_by_hand(np.concatenate([w.labels] * 3), found, c) for c in range(3)]
-    assert list(all_count["IoU_generated"].values()) == pytest.approx(iou, abs=1e-5)
-    assert all_count["frechet_distance"] == pytest.approx(frechet_by_hand(f(w.labels), f(found)), abs=1e-4)
-    assert all_count["IoU_edited"] == quick["IoU_edited"] and all_count["diversity"] == quick["diversity"] > 0
-    pixels = [np.sqrt(((w.paint(a) / 255. - w.paint(b) / 255.) ** 2).mean()) for a, b in zip(w.wrong, w.worse)]
-    assert quick["diversity_pixels"] == pytest.approx(np.mean(pixels) * 2 / 3, abs=1e-5)     # one pair of three is equal
+    for result, labels, seen in ((quick, w.labels, w.wrong),
+                                 (every, np.concatenate([w.labels] * 3), found)):
+        iou = iou_by_hand(labels, seen)
+        assert list(result["IoU_generated"].values()) == pytest.approx(iou, abs=1e-5)
+        assert result["mIoU_generated"] == pytest.approx(np.mean(iou), abs=1e-5)
+        distance = frechet_by_hand(features(w.labels), features(seen))
+        assert result["frechet_distance"] == pytest.approx(distance, abs=1e-4)
+        assert result["mIoU_real"] == result["mIoU_reconstructed"] == 1 and result["layouts"] == 5
+        assert result["clip_score"] == 2                    # the mean of 0 .. 4
+        edited = iou_by_hand(w.labels, w.wrong)
+        assert list(result["IoU_edited"].values()) == pytest.approx(edited, abs=1e-5)
+        assert result["editability"] == 0.4                 # targets 0 1 2 0 1, answers 1
+        assert result["editability_of"] == {"x": 0, "y": 1, "z": 0}
+        pixels = np.square(w.paint(w.wrong) / 255. - w.paint(w.worse) / 255.)
+        pixels = np.sqrt(pixels.mean((1, 2, 3))).mean() * 2 / 3         # one pair of three is equal
+        assert result["diversity_pixels"] == pytest.approx(pixels, abs=1e-5)
+        apart = np.linalg.norm(features(w.wrong) - features(w.worse), axis=1).mean() * 2 / 3
+        assert result["diversity"] == pytest.approx(apart, abs=1e-5)
 
 
 def test_evaluate_leaves_out_what_cannot_be_told(red_world):
-    result = red_world.evaluate(n=1, unjudged=("c",))
-    iou = [iou_by_hand(red_world.labels, red_world.wrong, c) for c in range(2)]
-    assert result["IoU_generated"]["c"] is None and result["mIoU_generated"] == pytest.approx(np.mean(iou), abs=1e-5)
-    assert result["diversity"] is None and result["editability_of"] == {}
-    alone = red_world.evaluate(n_items=1, n=1)
+    w = red_world
+    result = w.evaluate(n=1, unjudged=("c",))
+    expected = np.mean(iou_by_hand(w.labels, w.wrong)[:2])
+    assert result["mIoU_generated"] == pytest.approx(expected, abs=1e-5)
+    assert result["IoU_generated"]["c"] is None and result["editability_of"] == {}
+    assert result["diversity"] is None and result["clip_score"] is None
+    alone = w.evaluate(w.items[:1], n=1)
     assert alone["frechet_distance"] is None and alone["precision"] is None
 
 
-def test_evaluate_keeps_its_images_and_scores_their_prompts(red_world, tmp_path, monkeypatch, capsys):
+def test_evaluate_keeps_its_images(red_world, tmp_path):
     w = red_world
     for kind in ("images", "labels"):
         (tmp_path / kind).mkdir()
-    score = lambda images, prompts: torch.tensor([float(p[1:]) for p in prompts])
-    assert w.evaluate(n=2, folder=tmp_path, text_score=score)["clip_score"] == 2        # the mean of 0 .. 4, twice
+    w.evaluate(n=2, folder=tmp_path)
     images, labels = pictures(tmp_path / "images"), pictures(tmp_path / "labels")
-    assert sorted(images) == sorted(labels) == sorted(f"x_{i}_{k}.png" for i in range(5) for k in range(2))
-    assert np.array_equal(images["x_3_0.png"], w.paint(w.wrong[3])) and np.array_equal(labels["x_3_1.png"], w.labels[3])
-    assert np.array_equal(images["x_3_1.png"], w.paint(w.worse[3]))
-    monkeypatch.setattr(sample, "write_png", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    assert w.evaluate(n=1, folder=tmp_path)["layouts"] == 5 and "No space left" in capsys.readouterr().err
+    assert list(images) == list(labels) == [f"x{i}_{k}.png" for i in range(5) for k in range(2)]
+    assert np.array_equal(images["x3_0.png"], w.paint(w.wrong[3]))
+    assert np.array_equal(images["x3_1.png"], w.paint(w.worse[3]))
+    assert np.array_equal(labels["x3_1.png"], w.labels[3])
 
 
 def test_judges_know_what_they_cannot_tell(tmp_path):
     """mit-semseg's files have one class for person and rider, and one for bus and train."""
     toy, classes = PRESETS["toy"], class_table("cityscapes")
-    net = UperNet(150, **toy.segmenter)
-    files = []
+    net, files = UperNet(150, **toy.segmenter), []
     for part in ("encoder", "decoder"):
         files.append(tmp_path / f"{part}_epoch_50.pth")
         torch.save(getattr(net, part).state_dict(), files[-1])
     judge, unjudged = sample.load_judge(files, toy, classes)
-    assert unjudged == ["person", "rider", "bus", "train"]
     rows = [class_table("ade20k").names.index(name) for name in classes.ade]
-    assert torch.equal(judge.decoder.conv_last[1].weight, net.decoder.conv_last[1].weight[rows])
+    last = net.decoder.conv_last[1].weight
+    assert torch.equal(judge.decoder.conv_last[1].weight, last[rows])
+    assert unjudged == ["person", "rider", "bus", "train"]
     assert sample.load_judge(files, toy, class_table("ade20k"))[1] == []
 
 
-def test_judges_that_we_trained(tmp_path):
-    toy = PRESETS["toy"]
-    net = UperNet(19, **toy.segmenter)
+@pytest.mark.parametrize("names", [class_table("toy").names, ("a",) * 19])
+def test_judges_that_we_trained(names, tmp_path):
+    file, net = tmp_path / "ours.safetensors", UperNet(19, **PRESETS["toy"].segmenter)
     tensors = {f"segmenter.{name}": t for name, t in net.state_dict().items()}
-    meta = dict(format="aldm-segmenter", preset="toy", dataset="toy", names=class_table("toy").names, normalize=False)
-    aldm.save_tensors(tmp_path / "ours.safetensors", tensors, meta)
-    judge, unjudged = sample.load_judge([tmp_path / "ours.safetensors"], PRESETS["sd15"], class_table("cityscapes"))
-    assert unjudged == [] and torch.equal(judge.decoder.conv_last[1].weight, net.decoder.conv_last[1].weight)
-    meta["names"] = ["a"] * 19
-    aldm.save_tensors(tmp_path / "other.safetensors", tensors, meta)
-    with pytest.raises(InputError, match="19 classes of toy"):
-        sample.load_judge([tmp_path / "other.safetensors"], toy, class_table("cityscapes"))
+    aldm.save_tensors(file, tensors, dict(format="aldm-segmenter", preset="toy", dataset="toy",
+                                          names=names, normalize=False))
+    if names[0] == "a":
+        with pytest.raises(InputError, match="19 classes of toy"):
+            sample.load_judge([file], PRESETS["sd15"], class_table("cityscapes"))
+    else:
+        judge, unjudged = sample.load_judge([file], PRESETS["sd15"], class_table("cityscapes"))
+        found = judge.decoder.conv_last[1].weight
+        assert unjudged == [] and torch.equal(found, net.decoder.conv_last[1].weight)
 
 
 def test_prompts_of_an_evaluation(monkeypatch, toy_files):
     """With CLIP, {caption} is filled in, and the image is compared with the rest of the prompts."""
-    class Clip:
-        REPO, find = "repo", staticmethod(lambda: "here")
-        __init__ = lambda self, device: None
-        score, encode_images = "score", "images"
-
-        def classify(self, texts, images):
-            return texts
-    monkeypatch.setattr(sample, "Clip", Clip)
-    args = SimpleNamespace(sd=toy_files / "toy.safetensors", device="cpu", judge=None, features="clip", prompts=None)
+    monkeypatch.setattr(sample, "try_to_load_from_cache", lambda *_: "here")
+    monkeypatch.setattr(sample, "Clip", lambda path, device: lambda images, texts: (images, texts))
+    args = SimpleNamespace(sd=toy_files / "toy.safetensors", device="cpu", judge=None, prompts=None)
     toy = sample.choose_judges(args, PRESETS["toy"], class_table("toy"))
-    assert isinstance(toy["classifier"], Classifier) and "edit" not in toy
-    assert (toy["text_score"], toy["features"]) == ("score", "images")
+    assert isinstance(toy["classifier"], Classifier) and "edit" not in toy and "clip" in toy
     args.prompts = ["{caption}, at dusk", "snow, {caption}"]
     chosen = sample.choose_judges(args, PRESETS["toy"], class_table("toy"))
-    assert chosen["edit"]("a street", 0) == ("a street, at dusk", 0) and chosen["edit"]("a road", 3) == ("snow, a road", 1)
-    assert chosen["targets"] == chosen["classifier"]("images") == ["at dusk", "snow"]
-    assert sample.prompt_edit(sample.WEATHER, "a street", 1) == ("a street, snowy scene", 1)
+    assert chosen["edit"]("a street", 0) == ("a street, at dusk", 0)
+    assert chosen["edit"]("a road", 3) == ("snow, a road", 1)
+    assert chosen["targets"] == ["at dusk", "snow"]
+    assert chosen["classifier"]("images") == ("images", ["at dusk", "snow"])
 
 
-@pytest.mark.parametrize("data", ["toy", "ade20k", "coco"])
-def test_classes_txt_is_read_back(data, tmp_path):
-    ours = class_table(data)
-    (tmp_path / "classes.txt").write_text(sample.classes_txt(ours))
-    again = class_table(tmp_path)
-    colours = list(map(tuple, ours.palette))
-    assert again.names == ours.names
-    assert all(tuple(c) == colours[i] for i, c in enumerate(again.palette) if colours.index(colours[i]) == i)
-
-
-# -- the command line -------------------------------------------------------------------------------------------------
+# The command line.
 
 
 def test_one_layout(cli, toy_files, tmp_path):
-    label = read_layout(toy_files / "labels" / "street0.png", "toy")
-    colorize(label, "toy").save(tmp_path / "colours.png")
     layout = toy_files / "labels" / "street0.png"
-    code, out, err = cli("--layout", layout, "--prompt", "a street at night", "--n", 2, "--seed", 3, "--steps", 2)
+    night = ["--prompt", "a street at night", "--steps", 2]
+    code, out, err = cli("--layout", layout, *night, "--n", 2, "--seed", 3)
     assert code == 0 and "street0_3_grid.png" in out
     first = pictures(tmp_path / "samples")
-    assert {name: p.shape for name, p in first.items()} == {"street0_3.png": (64, 64, 3), "street0_4.png": (64, 64, 3),
-                                                            "street0_3_grid.png": (142, 3 * 128 + 4, 3)}
-    cli("--layout", layout, "--prompt", "a street at night", "--n", 2, "--seed", 3, "--steps", 2, "--out", "again")
-    assert all(np.array_equal(p, first[name]) for name, p in pictures(tmp_path / "again").items())
-    cli("--layout", "colours.png", "--prompt", "a street at night", "--seed", 4, "--steps", 2, "--out", "colours")
-    assert np.abs(pictures(tmp_path / "colours")["colours_4.png"].astype(int) - first["street0_4.png"]).max() <= 1
-
-
-def test_says_what_is_done_to_sizes_and_long_prompts(cli, tmp_path):
+    assert {name: p.shape for name, p in first.items()} == {
+        "street0_3.png": (64, 64, 3), "street0_4.png": (64, 64, 3),
+        "street0_3_grid.png": (142, 3 * 128 + 4, 3)}
+    colorize(read_layout(layout, "toy"), "toy").save(tmp_path / "colours.png")
+    cli("--layout", "colours.png", *night, "--seed", 4, "--out", "colours")
+    assert alike(pictures(tmp_path / "colours")["colours_4.png"], first["street0_4.png"])
     Image.fromarray(np.zeros((130, 200), np.uint8)).save(tmp_path / "odd.png")
-    code, out, err = cli("--layout", "odd.png", "--prompt", "street " * 80 + "lighthouse", "--steps", 1)
+    long = "street " * 80 + "lighthouse"
+    code, out, err = cli("--layout", "odd.png", "--prompt", long, "--steps", 1)
     assert code == 0 and pictures(tmp_path / "samples")["odd_0.png"].shape == (64, 98, 3)
-    notes = [line for line in err.splitlines() if line and "it/s" not in line and "DDIM" not in line]
-    assert len(notes) == 3 and "77 tokens" in notes[2] and notes[2].endswith("lighthouse")
-    assert "resized to 98 x 64" in notes[0] and "padded with void to 112 x 64" in notes[1]
+    assert "resized to 98 x 64" in err and "77 tokens" in err and "lighthouse\n" in err
 
 
 def test_dataset_is_resumable_and_trains(cli, toy_files, tmp_path):
-    shutil.copytree(toy_files / "labels", tmp_path / "in" / "labels")
+    source, made = tmp_path / "in" / "labels", tmp_path / "made"
+    source.mkdir(parents=True)
+    shutil.copy(toy_files / "labels" / "street1.png", source)
+    shutil.copy(toy_files / "labels" / "street2.png", source / "street2.PNG")
+    (source / "._street1.png").write_text("what macOS leaves")
+    Image.fromarray(np.zeros((64, 96), np.uint8)).save(source / "wide.png")
     (tmp_path / "in" / "captions.json").write_text('{"street1": "a street with trees"}')
-    (tmp_path / "in" / "labels" / "street0.png").unlink()
-    (tmp_path / "in" / "labels" / "street2.png").rename(tmp_path / "in" / "labels" / "street2.PNG")
-    (tmp_path / "in" / "labels" / "._street1.png").write_text("what macOS leaves")
-    Image.fromarray(np.zeros((64, 96), np.uint8)).save(tmp_path / "in" / "labels" / "wide.png")
-    make = ["--layouts", "in", "--prompts", "night scene", "{caption}, in snow", "--n", 2, "--steps", 1, "--batch", 3,
-            "--cfg", 1]
-    code, out, err = cli(*make, "--out", "made")
+    make = ["--layouts", "in", "--prompts", "night scene", "{caption}, in snow", "--n", 2,
+            "--steps", 1, "--batch", 3, "--cfg", 1, "--out", "made"]
+    code, out, err = cli(*make)
     assert code == 0 and "12 new images" in out
-    made = open_dataset(tmp_path / "made", size=64, grid=4)
-    assert len(made) == 12 and made.classes.names == class_table("toy").names
-    captions = json.loads((tmp_path / "made" / "captions.json").read_text())
-    assert captions["street1_1_0"] == made[made.names.index("street1_1_0")]["caption"] == "a street with trees, in snow"
-    assert captions["wide_0_1"] == "night scene" and captions["wide_1_0"] == "a photo of road, in snow"
-    image, label = made.full(made.names.index("street2_0_1"))
-    assert np.array_equal(label, read_layout(tmp_path / "in" / "labels" / "street2.PNG", "toy"))
-    # what is missing comes back the same; what is there is not touched
-    before = pictures(tmp_path / "made" / "images")
-    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "made").glob("*/*.png")}
-    for gone in ("images/street1_0_0.png", "labels/wide_1_1.png"):
-        (tmp_path / "made" / gone).unlink()
-    assert "2 new images" in cli(*make, "--out", "made")[1]
-    assert sum(p.stat().st_mtime_ns != t for p, t in times.items()) == 4
-    after = pictures(tmp_path / "made" / "images")
-    assert before.keys() == after.keys() and all(np.abs(before[n].astype(int) - after[n]).max() <= 1 for n in before)
-    assert "0 new images" in cli(*make, "--out", "made")[1]
-    # what a killed run leaves is removed, but not while another process is at work
-    left = [tmp_path / "made" / name for name in ("images/.1.a.png", "labels/.1.a.png", ".1.captions.json")]
-    for path in left:
-        path.write_text("half")
-    with sample.working_in(tmp_path / "made"):
-        assert not any(path.exists() for path in left)
-        left[0].write_text("of a process that is alive")
-        assert "0 new images" in cli(*make, "--out", "made")[1] and left[0].exists()
-    assert "0 new images" in cli(*make, "--out", "made")[1] and not left[0].exists()
-    # other settings under the same names
-    for flags, word in ((["--prompts", "day"], "night scene"), (["--seed", 1], "--seed 0, not 1"),
-                        (["--steps", 2], "--steps"), (["--cfg", 2], "--cfg"), (["--negative", "x"], "--negative")):
-        code, out, err = cli(*make, *flags, "--out", "made")
+    pairs = open_dataset(made, size=64, grid=4)
+    assert len(pairs) == 12 and pairs.classes.names == class_table("toy").names
+    captions = {name: pairs[i]["caption"] for i, name in enumerate(pairs.names)}
+    assert captions["street1_1_0"] == "a street with trees, in snow"
+    assert captions["wide_0_1"] == "night scene"
+    assert captions["wide_1_0"] == "a photo of road, in snow"
+    _, label = pairs.full(pairs.names.index("street2_0_1"))
+    assert torch.equal(label, read_layout(source / "street2.PNG", "toy"))
+    # what is missing comes back the same, what is there is not touched, what a kill left goes
+    before = pictures(made / "images")
+    times = {p: p.stat().st_mtime_ns for p in made.glob("*/*.png")}
+    (made / "images" / "street1_0_0.png").unlink()
+    left = made / "labels" / ".999999999.a.png"
+    left.write_text("half")
+    assert "1 new images" in cli(*make)[1] and not left.exists()
+    assert sum(p.stat().st_mtime_ns != t for p, t in times.items()) == 2
+    after = pictures(made / "images")
+    assert before.keys() == after.keys()
+    assert all(alike(before[name], after[name]) for name in before)
+    assert "0 new images" in cli(*make)[1]
+    for flags, word in ((["--prompts", "day"], "night scene"), (["--seed", 1], "'seed': 0")):
+        code, out, err = cli(*make, *flags)
         assert code == 2 and word in err and len(err.splitlines()) == 1
 
 
 def test_shards_make_what_one_process_makes(cli, tmp_path):
-    make = ["--layouts", "val", "--limit", 3, "--steps", 1, "--prompts", "{caption} x", "--cfg", 1]
-    assert cli(*make, "--out", "whole")[0] == 0
-    assert [cli(*make, "--out", "parts", "--shard", f"{i}/2", "--batch", 1)[0] for i in (1, 0)] == [0, 0]
+    make = ["--layouts", "val", "--limit", 3, "--steps", 1, "--cfg", 1]
+    for flags in (["whole"], ["parts", "--shard", "1/2"], ["parts", "--shard", "0/2"]):
+        assert cli(*make, "--out", *flags)[0] == 0
     whole, parts = (pictures(tmp_path / out / "images") for out in ("whole", "parts"))
-    assert whole.keys() == parts.keys() and all(np.abs(whole[n].astype(int) - parts[n]).max() <= 1 for n in whole)
-    assert (tmp_path / "whole" / "captions.json").read_text() == (tmp_path / "parts" / "captions.json").read_text()
-
-
-def test_dataset_from_a_split_and_hostile_names(cli, tmp_path, monkeypatch):
-    assert cli("--layouts", "val", "--limit", 2, "--steps", 1, "--out", "made")[0] == 0
-    assert sorted(pictures(tmp_path / "made" / "labels")) == ["toy_10000000_0_0.png", "toy_10000001_0_0.png"]
-    load, names = lambda i: dict(label=torch.zeros(64, 64).long(), caption="x"), ["../../up", "/etc/abs", "..", "a b", "x\udcff"]
-    monkeypatch.setattr(sample, "open_layouts", lambda *_: (names, load))
-    assert cli("--layouts", "val", "--steps", 1, "--out", "deep/er/made")[0] == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "made"] and len(list(tmp_path.glob("deep/*"))) == 1
-    assert sorted(pictures(tmp_path / "deep/er/made/images")) == ["_.._up_0_0.png", "__0_0.png", "_etc_abs_0_0.png",
-                                                                  "a_b_0_0.png", "x__0_0.png"]
+    assert list(whole) == list(parts) == [f"toy_1000000{i}_0_0.png" for i in range(3)]
+    assert all(alike(whole[name], parts[name]) for name in whole)
+    captions = [(tmp_path / out / "captions.json").read_text() for out in ("whole", "parts")]
+    assert captions[0] == captions[1]
 
 
 def test_evaluate_writes_figures_and_images(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "try_to_load_from_cache", lambda *_: None)
     evaluate = ["--evaluate", "--limit", 4, "--steps", 1]
-    code, out, err = cli(*evaluate, "--json", "e/figures.json")
-    result = json.loads((tmp_path / "e" / "figures.json").read_text(), parse_constant=pytest.fail)      # no NaN
-    assert code == 0 and "mIoU" in out and result["layouts"] == 4 and result["IoU_real"]["train"] is None
-    assert all(0 <= result[key] for key in ("mIoU_generated", "mIoU_edited", "mIoU_real", "frechet_distance",
-                                            "precision", "recall", "diversity", "editability"))
+    code, out, err = cli(*evaluate, "--json", "figures.json")
+    result = json.loads((tmp_path / "figures.json").read_text(), parse_constant=pytest.fail)
+    assert code == 0 and "mIoU" in out and result["IoU_real"]["train"] is None
+    for key in ("mIoU_generated", "mIoU_edited", "mIoU_real", "frechet_distance", "precision",
+                "recall", "diversity", "editability"):
+        assert result[key] >= 0
     kept = pictures(tmp_path / "samples" / "images")
-    assert sorted(kept) == [f"toy_1000000{i}_{k}.png" for i in range(4) for k in range(2)]
-    assert kept["toy_10000003_1.png"].shape == (64, 64, 3)
-    label = np.asarray(Image.open(tmp_path / "samples" / "labels" / "toy_10000003_1.png"))
+    assert list(kept) == [f"toy_1000000{i}_{k}.png" for i in range(4) for k in range(2)]
+    label = pictures(tmp_path / "samples" / "labels")["toy_10000003_1.png"]
     assert np.array_equal(label, Toy("val", length=4).labels[3])
-    code, out, err = cli(*evaluate, "--n", 1)                           # other images under --out
-    assert code == 2 and "toy_10000000_0.png" in err
-    full = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    monkeypatch.setattr(sample, "write_text", full)                     # what was measured is said all the same
-    code, out, err = cli(*evaluate, "--limit", 1, "--n", 1, "--out", "late", "--json", "late.json")
-    assert code == 1 and "mIoU" in out and "No space left" in err and not (tmp_path / "late.json").exists()
+    code, out, err = cli(*evaluate)
+    assert code == 2 and "has images already" in err
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(sample, "write_text", full)         # what was measured is said all the same
+    code, out, err = cli(*evaluate, "--limit", 1, "--out", "late", "--json", "late.json")
+    assert code == 1 and "mIoU" in out and "No space left" in err
 
 
 def test_bench_counts_operations(cli, toy_model):
     code, out, err = cli("--bench", "--steps", 3, "--batch", 2, "--cfg", 2)
-    seconds, tflop, rate, peak = (float(part.split()[0]) for part in out.splitlines()[1].split(", "))
-    assert code == 0 and "64 x 64" in out and rate == pytest.approx(tflop / seconds, rel=0.01) and peak > 0.1
+    figures = [float(part.split()[0]) for part in out.splitlines()[1].split(", ")]
+    seconds, tflop, rate, peak = figures
+    assert code == 0 and rate == pytest.approx(tflop / seconds, rel=0.01) and peak > 0.1
+    label = torch.full((2, 64, 64), IGNORE)
     with sample.FlopCounterMode(display=False) as counter:
-        sample.generate(toy_model, torch.full((2, 64, 64), IGNORE), ["", ""], [0, 1], steps=3, cfg=2.0)
+        sample.generate(toy_model, label, ["", ""], [0, 1], steps=3, cfg=2.0)
     assert tflop == pytest.approx(counter.get_total_flops() / 2e12, rel=1e-3)
 
 
 def test_class_embeddings(cli, toy_files, tmp_path):
-    """An adapter without a table says that --class-embeddings is wanted; with it, the table is the file's."""
-    parts = load_file(toy_files / "adapter.safetensors")
-    bare = {name: t for name, t in parts.items() if name != "layout.table"}
+    """An adapter without a table wants --class-embeddings; with it, the table is the file's."""
     meta, _ = read_adapter(toy_files / "adapter.safetensors")
-    aldm.save_tensors(tmp_path / "bare.safetensors", bare, {**meta, "format": "aldm-adapter"})
-    torch.save(parts["layout.table"][:19], tmp_path / "embeddings.pth")
-    torch.save(parts["layout.table"][19:], tmp_path / "null_embedding.pth")
-    layout = ["--layout", toy_files / "labels" / "street0.png", "--steps", 1]
-    wanted = "--class-embeddings"
-    code, out, err = cli(*layout, "--ckpt", "bare.safetensors")
-    assert code == 0 and err.splitlines()[0].endswith(wanted)
-    code, out, err = cli(*layout, "--ckpt", "bare.safetensors", wanted, "embeddings.pth", "--out", "a")
-    assert code == 0 and wanted not in err
-    code, out, err = cli(*layout, "--out", "b")
-    assert code == 0 and wanted not in err
-    assert np.array_equal(pictures(tmp_path / "a")["street0_0.png"], pictures(tmp_path / "b")["street0_0.png"])
+    parts, meta = load_file(toy_files / "adapter.safetensors"), {**meta, "format": "aldm-adapter"}
+    table = parts["layout.table"] = -parts["layout.table"]
+    aldm.save_tensors(tmp_path / "own.safetensors", parts, meta)
+    del parts["layout.table"]
+    aldm.save_tensors(tmp_path / "bare.safetensors", parts, meta)
+    torch.save(table[:19], tmp_path / "embeddings.pth")
+    torch.save(table[19:], tmp_path / "null_embedding.pth")
+    images, wanted = [], "--class-embeddings"
+    for flags, said in (["own.safetensors"], 0), (["bare.safetensors"], 1), \
+            (["bare.safetensors", wanted, "embeddings.pth"], 0):
+        layout = toy_files / "labels" / "street0.png"
+        code, _, err = cli("--layout", layout, "--steps", 1, "--ckpt", *flags)
+        assert code == 0 and (wanted in err) == said
+        images.append(pictures(tmp_path / "samples")["street0_0.png"])
+    assert np.array_equal(images[0], images[2]) and not np.array_equal(images[0], images[1])
 
 
 @pytest.mark.parametrize("delay", [0.2, 1.0])
 def test_ctrl_c_is_no_traceback(delay, toy_files, tmp_path):
     """While it imports, and later."""
-    command = [sys.executable, "sample.py", "--layout", toy_files / "labels" / "street0.png", "--n", "500", "--device",
-               "cpu", "--steps", "500", "--out", tmp_path / "out"]
-    process = subprocess.Popen(list(map(str, command)), cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "sample.py", "--layout", str(toy_files / "labels" / "street0.png"),
+               "--steps", "500", "--n", "500", "--device", "cpu", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True)
     time.sleep(delay)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in out
 
 
-BAD = {     # arguments -> a word of the one line that says so
-    "nothing to do": ("", "--serve"),
-    "two things to do": ("--layout ok.png --bench", "--bench"),
-    "files for the toy": ("--evaluate --root empty", "--root"),
-    "json is a folder": ("--evaluate --json empty", "folder"),
-    "json under a file": ("--evaluate --json text.png/a.json", "text.png"),
-    "no UTF-8": ("--layout ok.png --prompt \udcff", "UTF-8"),
-    "embeddings that are none": ("--layout ok.png --class-embeddings text.png", "text.png"),
-    "no such layout": ("--layout no.png", "no.png"),
-    "a folder": ("--layout .", "folder"),
-    "not an image": ("--layout text.png", "text.png"),
-    "unknown colours": ("--layout colours.png", "colours"),
-    "tiny": ("--layout tiny.png", "1 x 1"),
-    "huge": ("--layout ok.png --size 9000", "Mpixel"),
-    "steps 0": ("--layout ok.png --steps 0", "1 to 1000"),
-    "cfg nan": ("--layout ok.png --cfg nan", "--cfg"),
-    "eta": ("--layout ok.png --eta 1.1", "0 to 1"),
-    "shard": ("--layouts val --shard 2/2", "shard"),
-    "no cuda": ("--layout ok.png --device cuda:99", "no such CUDA"),
-    "device": ("--layout ok.png --device gpu", "cpu or cuda"),
-    "no adapter": ("--layout ok.png --ckpt no.safetensors", "no.safetensors"),
-    "base for an adapter": ("--layout ok.png --ckpt BASE", "--sd"),
-    "adapter for a base": ("--layout ok.png --sd ADAPTER", "unet"),
-    "truncated base": ("--layout ok.png --sd cut.safetensors", "cut"),
-    "another preset": ("--layout ok.png --preset sd15", "toy preset"),
-    "another dataset": ("--layout ok.png --data ade20k", "150"),
-    "no dataset": ("--layout ok.png --data nowhere", "classes.txt"),
-    "other classes": ("--layout ok.png --data toy --ckpt OTHER", "elsewhere"),
-    "no such folder": ("--layouts no/where", "no such folder"),
-    "no such split": ("--layouts test", "splits"),
-    "empty folder": ("--layouts empty", "no .png"),
-    "broken layout in a folder": ("--layouts broken", "bad.png"),
-    "onto the layouts": ("--layouts broken --out broken", "--out"),
-    "no root": ("--evaluate --data cityscapes --root empty", "empty"),
-    "no judge": ("--evaluate --ckpt OTHER --data own", "--judge"),
-    "judge that is none": ("--evaluate --judge BASE", "toy.safetensors"),
-    "no clip": ("--evaluate --features clip", "cache"),
-    "out is a file": ("--layout ok.png --out text.png", "text.png"),
-}
+BAD = [     # arguments, a word of the one line that says so
+    ("", "--serve"),
+    ("--layout ok.png --bench", "--bench"),
+    ("--evaluate --root empty", "--root"),
+    ("--evaluate --json empty", "folder"),
+    ("--layout ok.png --prompt \udcff", "UTF-8"),
+    ("--layout ok.png --class-embeddings text.png", "text.png"),
+    ("--layout no.png", "no.png"),
+    ("--layout text.png", "text.png"),
+    ("--layouts val --shard 2/2", "shard"),
+    ("--layout ok.png --ckpt no.safetensors", "no.safetensors"),
+    ("--layout ok.png --sd ADAPTER", "unet"),
+    ("--layout ok.png --data ade20k", "150"),
+    ("--layout ok.png --data toy --ckpt OTHER", "elsewhere"),
+    ("--layouts test", "splits"),
+    ("--layouts empty", "no .png"),
+    ("--layouts broken", "bad.png"),
+    ("--layouts whole --out whole", "--out"),
+    ("--evaluate --ckpt OTHER --data own", "--judge"),
+    ("--evaluate --judge BASE", "toy.safetensors"),
+    ("--layout ok.png --out text.png", "text.png"),
+]
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line(case, cli, toy_files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sample, "try_to_load_from_cache", lambda *_: None)
-    save = lambda name, *shape, value=0: Image.fromarray(np.full(shape, value, np.uint8)).save(tmp_path / name)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "broken").mkdir()
-    save("ok.png", 64, 64), save("ids.png", 64, 64, value=200), save("colours.png", 64, 64, 3, value=77)
-    save("tiny.png", 1, 1), save("broken/bad.png", 64, 64, value=200)
-    (tmp_path / "text.png").write_text("not what you think")
-    for kind in ("images", "labels"):
-        (tmp_path / "own" / kind).mkdir(parents=True)
-        save(f"own/{kind}/a.png", 64, 64, *[3][:kind == "images"])
+@pytest.mark.parametrize("flags, word", BAD)
+def test_bad_input_is_one_line(flags, word, cli, toy_files, tmp_path):
+    def save(name, value=0):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((64, 64), value, np.uint8)).save(tmp_path / name)
+    for name in ("ok.png", "whole/a.png", "own/labels/a.png"):
+        save(name)
+    save("broken/bad.png", value=200)
+    (tmp_path / "own" / "images").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "own" / "images" / "a.png")
     (tmp_path / "own" / "classes.txt").write_text("road\nsky\n")
-    whole = (toy_files / "adapter.safetensors").read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(whole[:len(whole) // 2])
-    words = {"BASE": toy_files / "toy.safetensors", "ADAPTER": toy_files / "adapter.safetensors",
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_text("not what you think")
+    files = {"BASE": toy_files / "toy.safetensors", "ADAPTER": toy_files / "adapter.safetensors",
              "OTHER": toy_files / "other.safetensors"}
-    snapshot = lambda: {p: hashlib.md5(p.read_bytes()).digest() for p in tmp_path.rglob("*") if p.is_file()}
-    capsys.readouterr()
-    before, (flags, word) = snapshot(), BAD[case]
-    code, out, err = cli(*(words.get(flag, flag) for flag in flags.split()))
-    lines = err.splitlines()
-    assert code == 2 and len(lines) == 1 and lines[0].startswith("sample.py: ") and word in lines[0], err
-    after = snapshot()
-    assert {p for p in after if p.suffix == ".png"} == {p for p in before if p.suffix == ".png"}
-    assert all(after[p] == before[p] for p in before)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*.*") if p.is_file()}
+    code, out, err = cli(*(files.get(flag, flag) for flag in flags.split()))
+    assert code == 2 and len(err.splitlines()) == 1 and err.startswith("sample.py: "), err
+    assert word in err and all(p.read_bytes() == content for p, content in before.items())
+    assert set(tmp_path.rglob("*.png")) == {p for p in before if p.suffix == ".png"}
 
 
-# -- the page to paint layouts on -------------------------------------------------------------------------------------
+# -- the page to paint layouts on -----------------------------------------------------------------
 
 
 LABEL = toy_scene(3)[1]
 
 
-@pytest.fixture(scope="module")
-def server():
-    torch.manual_seed(0)
-    preset = PRESETS["toy"]
-    model = ALDM(preset, UNet(preset.unet), VAE(preset.vae), TextEncoder(**preset.text), class_table("toy")).eval()
-    server = painter(model, 0, examples=[LABEL], prompts=["a street at night", "</script><b>"], steps=4)
+@pytest.fixture
+def server(toy_model):
+    server = painter(toy_model, 0, [LABEL], ["a street at night", "</script><b>"], steps=4)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -2167,177 +2100,126 @@ def png(image):
     return base64.b64encode(file.getvalue()).decode()
 
 
-def connect(server):
-    return http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+REQUEST = {"layout": png(colorize(LABEL, "toy")), "prompt": "a street", "seed": 0, "steps": 4,
+           "cfg": 2}
 
 
 def call(server, path="/generate", body=None, method="POST", headers=()):
+    """-> status, headers, body; a dict as the body is sent as JSON."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
     body = json.dumps(body) if isinstance(body, dict) else body
-    connection = connect(server)
     connection.request(method, path, body, dict(headers))
     answer = connection.getresponse()
-    return answer, answer.read()
-
-
-def lines(raw):
-    return [json.loads(line) for line in raw.splitlines()]
-
-
-REQUEST = {"layout": png(colorize(LABEL, "toy")), "prompt": "a street", "seed": 0, "steps": 2, "cfg": 2}
+    return answer.status, answer.headers, answer.read()
 
 
 def generate(server, **more):
-    answer, raw = call(server, body={**REQUEST, "steps": 4, **more})
-    assert answer.status == 200, raw
-    return lines(raw)
-
-
-def refused(answer, raw, status):
-    assert answer.status == status and answer.headers["Content-Type"] == "application/json"
-    error = json.loads(raw)["error"]
-    assert error and "\n" not in error and "Traceback" not in error
-    return error
+    status, _, raw = call(server, body={**REQUEST, **more})
+    assert status == 200, raw
+    return [json.loads(line) for line in raw.splitlines()]
 
 
 def test_page(server):
-    answer, raw = call(server, "/", method="GET")
+    status, headers, raw = call(server, "/", method="GET")
+    assert status == 200 and headers["Content-Security-Policy"].startswith("default-src 'self'")
     text = raw.decode()
-    assert answer.status == 200 and answer.headers["Content-Type"].startswith("text/html")
-    assert answer.headers["X-Content-Type-Options"] == "nosniff" and answer.headers["Cache-Control"] == "no-store"
-    assert answer.headers["Content-Security-Policy"].startswith("default-src 'self' 'unsafe-inline' data:")
     world = json.loads(text.split('id="world">')[1].split("</script>")[0])
     assert world["width"] == world["height"] == 64 and world["prompts"][1] == "</script><b>"
     assert base64.b64decode(world["examples"][0]) == LABEL.tobytes()
-    assert world["names"][:3] == ["road", "sidewalk", "building"] and world["palette"][0] == [128, 64, 128]
-    assert not any(word in text for word in ('src="http', "@import", "url(http", '<link rel="stylesheet'))
-    assert call(server, "/../data.py", method="GET")[0].status == 404
+    assert world["names"][:2] == ["road", "sidewalk"] and world["palette"][0] == [128, 64, 128]
+    for word in ('src="http', "@import", "url(http", '<link rel="stylesheet'):
+        assert word not in text
     assert server.server_address[0] == "127.0.0.1"
 
 
 def test_generate_streams_the_same_picture_for_the_same_seed(server):
     a, b, c = generate(server, seed=5), generate(server, seed=5), generate(server, seed=6)
-    assert [x["step"] for x in a if "step" in x] == [1, 2, 3, 4] and a[-1]["done"]
+    assert [line["step"] for line in a if "step" in line] == [1, 2, 3, 4] and a[-1]["done"]
     assert a[-1]["image"] == b[-1]["image"] != c[-1]["image"]
-    assert 1 <= sum("image" in x for x in generate(server, steps=20)) <= 7
-    for line in a:
-        if "image" in line:
-            image = Image.open(io.BytesIO(base64.b64decode(line["image"])))
-            assert image.format == "PNG" and image.size == (64, 64) and image.mode == "RGB"
     ids = png(Image.fromarray(LABEL))
     assert generate(server, seed=5, layout=ids)[-1]["image"] == a[-1]["image"]
-    note = next(x["note"] for x in generate(server, prompt="street " * 90 + "zebra") if "note" in x)
-    assert "zebra" in note
+    image = Image.open(io.BytesIO(base64.b64decode(a[-1]["image"])))
+    assert image.format == "PNG" and image.size == (64, 64) and image.mode == "RGB"
+    assert 2 <= sum("image" in line for line in generate(server, steps=20)) <= 7
+    assert "zebra" in generate(server, prompt="street " * 90 + "zebra")[0]["note"]
 
 
 def test_layout_files(server):
     big = Image.fromarray(LABEL).resize((128, 96), Image.NEAREST)
-    answer, raw = call(server, "/layout", {"layout": png(big)})
-    reply = json.loads(raw)
+    reply = json.loads(call(server, "/layout", {"layout": png(big)})[2])
     assert reply["size"] == [128, 96] and len(base64.b64decode(reply["layout"])) == 64 * 64
-    ids = Image.fromarray(np.full((64, 64), 8, np.uint8))               # train id 8 is vegetation, label id 8 is sidewalk
-    for name, c in (("a_labelTrainIds.png", 8), ("a_gtFine_labelIds.png", 1), ("../../x", 8), (None, 8)):
-        reply = json.loads(call(server, "/layout", {"layout": png(ids), "name": name})[1])
+    ids = png(Image.fromarray(np.full((64, 64), 8, np.uint8)))      # label id 8 is sidewalk
+    for name, c in (("a_labelTrainIds.png", 8), ("a_gtFine_labelIds.png", 1), (None, 8)):
+        reply = json.loads(call(server, "/layout", {"layout": ids, "name": name})[2])
         assert set(base64.b64decode(reply["layout"])) == {c}
 
 
 @pytest.mark.parametrize("change, says", [
-    ({"steps": 0}, "steps"), ({"steps": 1001}, "steps"), ({"steps": 2.5}, "steps"), ({"steps": True}, "steps"),
-    ({"steps": None}, "steps"), ({"seed": -1}, "seed"), ({"seed": 2**32}, "seed"), ({"seed": "1"}, "seed"),
-    ({"cfg": float("nan")}, "cfg"), ({"cfg": 1e9}, "cfg"), ({"prompt": 5}, "prompt"), ({"prompt": "x" * 2001}, "prompt"),
-    ({"negative": ["x"]}, "negative"), ({"prompt": "\ud800"}, "prompt"), ({"layout": None}, "layout"), ({"layout": "%%%"}, "layout"),
-    ({"layout": "\u00e9"}, "layout"), ({"layout": base64.b64encode(b"GIF89a").decode()}, "the layout: "),
+    ({"steps": 0}, "steps"), ({"steps": 1001}, "steps"), ({"steps": 2.5}, "steps"),
+    ({"steps": None}, "steps"), ({"seed": -1}, "seed"), ({"seed": True}, "seed"),
+    ({"cfg": float("nan")}, "cfg"), ({"prompt": 5}, "prompt"), ({"prompt": "x" * 2001}, "prompt"),
+    ({"layout": None}, "layout"), ({"layout": "%%%"}, "layout"),
+    ({"layout": base64.b64encode(b"GIF89a").decode()}, "the layout: "),
     ({"layout": png(Image.new("RGB", (64, 64), (1, 2, 3)))}, "(1, 2, 3)"),
-    ({"layout": png(Image.new("L", (64, 64), 99))}, "99 (4096 pixels)"),
-    ({"layout": png(Image.new("L", (64, 64)))[:60]}, "the layout: "),
-    ({"layout": png(Image.new("L", (4, 4)))}, "4 x 4")])
-def test_bad_values(server, change, says):
-    error = refused(*call(server, body={**REQUEST, **change}), 400)
-    assert says in error and "/tmp" not in error
-
-
-@pytest.mark.parametrize("body", ["", "{", "[]", "[1]", "5", "null", "[" * 100_000, b"\xff\xfe", '{"layout": ' + "9" * 5000 + "}"])
-def test_bad_json(server, body):
-    refused(*call(server, body=body), 400)
+    ("", "JSON"), ("[1]", "JSON"), ("[" * 100_000, "JSON"), (b"\xff\xfe", "JSON")])
+def test_bad_requests_are_one_line(server, change, says):
+    body = {**REQUEST, **change} if isinstance(change, dict) else change
+    status, headers, raw = call(server, body=body)
+    error = json.loads(raw)["error"]
+    assert status == 400 and says in error and "\n" not in error and "/tmp" not in error
 
 
 def test_size_limit(server):
-    assert "4194304" in refused(*call(server, body=b" " * (BODY + 1)), 413)
-    connection = connect(server)                                        # refused before it is sent
-    connection.putrequest("POST", "/generate")
-    connection.putheader("Content-Length", "99999999999")
-    connection.endheaders()
-    assert connection.getresponse().status == 413
-    connection.close()
-    for length in (None, "-1", "1e3", "9" * 30, "9" * 5000):
-        connection = connect(server)
-        connection.putrequest("POST", "/generate")
-        if length:
-            connection.putheader("Content-Length", length)
-        connection.endheaders()
-        assert connection.getresponse().status == 400
-    assert generate(server)[-1]["done"]
+    for length in ("99999999999", "-1", "1e3"):
+        assert str(BODY) in call(server, headers={"Content-Length": length})[2].decode()
 
 
 def test_only_this_origin(server):
     port = server.server_port
-    body = {**REQUEST, "steps": 1}
-    for origin in ("http://evil.example", "null", "https://localhost", f"http://localhost:{port + 1}", f"https://localhost:{port}"):
-        refused(*call(server, body=body, headers={"Origin": origin}), 403)
-        refused(*call(server, "/", method="GET", headers={"Origin": origin}), 403)
-    for host in ("evil.example", f"evil.example:{port}", "localhost", f"127.0.0.1:{port + 1}", f"localhost.evil.example:{port}", ""):
-        refused(*call(server, body=body, headers={"Host": host}), 403)
-        refused(*call(server, "/", method="GET", headers={"Host": host}), 403)
-    for name in ("localhost", "127.0.0.1"):
-        headers = {"Origin": f"http://{name}:{port}", "Host": f"{name}:{port}"}
-        assert call(server, body=body, headers=headers)[0].status == 200
+    foreign = [{"Origin": origin} for origin in ("http://evil.example", "null",
+                                                 f"http://localhost:{port + 1}")]
+    foreign += [{"Host": host} for host in (f"evil.example:{port}", "localhost",
+                                            f"127.0.0.1:{port + 1}", "")]
+    for headers in foreign:
+        assert call(server, body=REQUEST, headers=headers)[0] == 400
+        assert call(server, "/", method="GET", headers=headers)[0] == 400
+    headers = {"Origin": f"http://localhost:{port}", "Host": f"localhost:{port}"}
+    assert call(server, body=REQUEST, headers=headers)[0] == 200
 
 
 def test_two_at_once_are_both_answered_in_turn(server):
-    alone = generate(server, seed=1, steps=10)[-1]["image"]
-    results = {}
-    threads = [threading.Thread(target=lambda k=k: results.update({k: generate(server, seed=k, steps=10)})) for k in (1, 2, 3)]
+    alone, results = generate(server, seed=1), {}
+    threads = [threading.Thread(target=lambda k=k: results.update({k: generate(server, seed=k)}))
+               for k in (1, 2, 3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(results[k][-1]["done"] for k in (1, 2, 3)) and results[1][-1]["image"] == alone
-    assert sum("waiting" in line for k in results for line in results[k]) >= 1
+    assert all(results[k][-1]["done"] for k in (1, 2, 3))
+    assert results[1][-1]["image"] == alone[-1]["image"]
 
 
 def test_a_client_that_leaves_stops_its_generation(server, capfd):
-    for _ in range(2):
-        connection = connect(server)
-        connection.request("POST", "/generate", json.dumps({**REQUEST, "steps": 1000}))
-        answer = connection.getresponse()
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    connection.request("POST", "/generate", json.dumps({**REQUEST, "steps": 1000}))
+    with connection.getresponse() as answer:
         assert answer.readline()
-        answer.close()
-        connection.close()
+    connection.close()
     start = time.time()
     assert generate(server, steps=2)[-1]["done"] and time.time() - start < 15
     assert capfd.readouterr().err == ""
 
 
 def test_a_failure_is_one_line_and_the_server_lives_on(server, monkeypatch):
-    monkeypatch.setattr(sample, "generate", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no\n memory")))
+    def fail(*_, **__):
+        raise RuntimeError("no\n memory")
+    monkeypatch.setattr(sample, "generate", fail)
     assert generate(server)[-1] == {"error": "the generation failed: no memory"}
     monkeypatch.undo()
-    monkeypatch.setattr(tempfile, "tempdir", "/proc/none")              # no temporary files
-    assert "no room" in refused(*call(server, body=REQUEST), 400)
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/none")          # no temporary files
+    assert b"no room" in call(server, body=REQUEST)[2]
     monkeypatch.undo()
     assert generate(server)[-1]["done"]
-
-
-def test_a_page_for_ade20k():
-    model = SimpleNamespace(classes=class_table("ade20k"), preset=PRESETS["toy"],
-                            schedule=SimpleNamespace(alphas_cumprod=[0] * 9))
-    server = painter(model, 0)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    world = json.loads(call(server, "/", method="GET")[1].decode().split('id="world">')[1].split("</script>")[0])
-    assert world["examples"] == [] and len(world["names"]) == len(world["palette"]) == 150 and world["max_steps"] == 9
-    reply = json.loads(call(server, "/layout", {"layout": png(Image.fromarray(np.full((8, 8), 49, np.uint8)))})[1])
-    assert set(base64.b64decode(reply["layout"])) == {48}               # the id in the file is one more
-    server.shutdown()
-    server.server_close()
 
 
 # -- training: resume, signals, bad input -----------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import math
 import os
 import pickle
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from data import ASSETS, IGNORE, InputError, class_table
+from data import ASSETS, IGNORE, InputError, atomic, class_table
 from discriminator import layout_loss_map, per_valid_pixel
 from unet import OFT, ControlNet, T2IAdapter, UNet, UNetConfig, apply_hint_block, rectify
 from vae import VAE, VAEConfig
@@ -101,7 +100,7 @@ def keep_memory():
         mallopt(-8, 1)  # M_ARENA_MAX
 
 
-# -- the conditions: words and layout -----------------------------------------------------------
+# -- the conditions: words and layout --------------------------------------------------------------
 
 
 @cache
@@ -201,7 +200,7 @@ class LayoutEncoder(nn.Module):
         return F.avg_pool2d(onehot, self.cell) if self.average else onehot
 
 
-# -- diffusion (Sec. 3.1) -----------------------------------------------------------------------
+# -- diffusion (Sec. 3.1) --------------------------------------------------------------------------
 
 
 class Schedule(nn.Module):
@@ -248,7 +247,7 @@ class Schedule(nn.Module):
         return x + sigma * (torch.randn_like(x) if noise is None else noise)
 
 
-# -- the model ----------------------------------------------------------------------------------
+# -- the model -------------------------------------------------------------------------------------
 
 
 class ALDM(nn.Module):
@@ -379,7 +378,7 @@ class ALDM(nn.Module):
         return x
 
 
-# -- the objective (Sec. 3.1 and 3.2) -----------------------------------------------------------
+# -- the objective (Sec. 3.1 and 3.2) --------------------------------------------------------------
 
 
 def unrolled_adversarial_loss(model, discriminator, x_t, eps, start, timesteps, label, context,
@@ -876,27 +875,14 @@ def check_target(path):
         raise InputError(f"{path}: the folder {path.parent} is not there or may not be written to")
 
 
-@contextmanager
-def atomic(path):
-    """Yields a temporary path beside `path`: what is written there takes the place of `path` once
-    all of it is on the disk. If anything fails it is removed, and `path` is as it was."""
-    path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def remove_leftovers(folder):
     """Remove the half-written files of `atomic` in a folder whose processes were killed."""
     for path in Path(folder).glob(".[0-9]*.*"):
+        process = path.name.split(".")[1]
         try:
-            os.kill(int(path.name.split(".")[1]), 0)  # only asks whether the process lives
+            os.kill(int(process), 0)  # only asks whether the process lives
+        except ValueError:
+            continue  # not ours
         except ProcessLookupError:
             path.unlink(missing_ok=True)
         except PermissionError:

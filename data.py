@@ -1143,11 +1143,13 @@ def batches(dataset, batch, seed, start=0, workers=0, rank=0, world=1):
 @contextlib.contextmanager
 def atomic(path):
     """Yields a temporary path beside `path`: what is written there takes the place of `path` once
-    it is whole. If anything fails (a full disk, Ctrl-C) it is removed, and `path` is as it was."""
+    all of it is on the disk. If anything fails it is removed, and `path` is as it was."""
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

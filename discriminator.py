@@ -153,7 +153,7 @@ class Classifier(nn.Module):
         return self.head(self.encoder(image)[-1].mean((2, 3)))
 
 
-# -- losses (Sec. 3.1) --------------------------------------------------------------------------
+# -- losses (Sec. 3.1) -----------------------------------------------------------------------------
 
 
 def class_balance(label, num_classes):
@@ -199,7 +199,7 @@ def discriminator_loss(real_logits, fake_logits, label, fake_weight):
     return real + fake_weight * fake, {"real": real, "fake": fake, "caught": caught}
 
 
-# -- segmentation and its measure ---------------------------------------------------------------
+# -- segmentation and its measure ------------------------------------------------------------------
 
 
 def segment(net, image, size):

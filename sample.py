@@ -59,7 +59,7 @@ WEATHER = ("{caption}, night scene", "{caption}, snowy scene", "{caption}, foggy
            "{caption}, rainy scene")        # what --evaluate asks for, as the authors do
 
 
-# -- the model ------------------------------------------------------------------------------------
+# -- the model -------------------------------------------------------------------------------------
 
 
 def load_model(path=ADAPTER, sd=None, device="cpu", merge=True):
@@ -178,7 +178,7 @@ def image_seed(seed, name):
     return zlib.crc32(f"{seed}/{name}".encode())
 
 
-# -- pictures and files ---------------------------------------------------------------------------
+# -- pictures and files ----------------------------------------------------------------------------
 
 
 def grid(rows, titles=()):
@@ -262,7 +262,7 @@ def make_folder(path):
     return Path(path)
 
 
-# -- one layout -----------------------------------------------------------------------------------
+# -- one layout ------------------------------------------------------------------------------------
 
 
 def resize_layout(label, preset, size):
@@ -307,7 +307,7 @@ def sample_layout(args, preset, classes, load):
     print(f"{args.n} images, and beside their layout in {path}")
 
 
-# -- a whole data set -----------------------------------------------------------------------------
+# -- a whole data set ------------------------------------------------------------------------------
 
 
 def open_split(args, preset, classes, split):
@@ -423,7 +423,7 @@ def write_pairs(out, names, images, labels):
         write_png(out / "images" / f"{name}.png", image)
 
 
-# -- how good the images are ----------------------------------------------------------------------
+# -- how good the images are -----------------------------------------------------------------------
 
 
 def frechet_distance(mu1, cov1, mu2, cov2):
@@ -486,14 +486,17 @@ class Clip:
         self.net = open_clip.create_model("ViT-B-32", pretrained=path, device=device).eval()
         self.tokenize = open_clip.get_tokenizer("ViT-B-32")
 
-    def __call__(self, images, texts):
-        """images [B,3,H,W] in [-1,1], P texts -> [B,P]"""
+    def encode_images(self, images):
+        """images [B,3,H,W] in [-1,1] -> unit vectors [B,512]"""
         mean = images.new_tensor(open_clip.OPENAI_DATASET_MEAN)[:, None, None]
         std = images.new_tensor(open_clip.OPENAI_DATASET_STD)[:, None, None]
         images = F.interpolate(images, (224, 224), mode="bicubic", antialias=True).clamp(-1, 1)
-        seen = self.net.encode_image(((images + 1) / 2 - mean) / std)
+        return F.normalize(self.net.encode_image(((images + 1) / 2 - mean) / std), dim=1)
+
+    def __call__(self, images, texts):
+        """images [B,3,H,W] in [-1,1], P texts -> their cosines [B,P]"""
         said = self.net.encode_text(self.tokenize(texts).to(images.device))
-        return F.normalize(seen, dim=1) @ F.normalize(said, dim=1).T
+        return self.encode_images(images) @ F.normalize(said, dim=1).T
 
 
 def draw_samples(model, group, prompts, k, seed, options):
@@ -507,8 +510,9 @@ KINDS = "generated", "edited", "reconstructed", "real"      # of images that are
 
 
 @torch.no_grad()
-def evaluate(model, items, judge, classifier=None, edit=toy_edit, targets=DOMAINS, clip=None, n=4,
-             diverse=None, unjudged=(), seed=0, batch=8, folder=None, **options):
+def evaluate(model, items, judge, classifier=None, edit=toy_edit, targets=DOMAINS, clip=None,
+             features=None, n=4, diverse=None, unjudged=(), seed=0, batch=8, folder=None,
+             **options):
     """Do images generated from the items' layouts obey them, look like the items' images, obey
     words, and vary?
 
@@ -518,6 +522,7 @@ def evaluate(model, items, judge, classifier=None, edit=toy_edit, targets=DOMAIN
                  show their target? edit(caption, i) -> the i-th layout's edited prompt, and the
                  index of its target. None: left out
     clip         images, B prompts -> their cosines [B,B]; None: the text score is left out
+    features     images -> [B,C], for the distances; None: the judge's
     n            samples of each layout; all count
     diverse      quicker: only the first so many layouts (in whole batches) have n samples, for
                  the diversity alone; all else is said of one sample of each layout
@@ -528,6 +533,7 @@ def evaluate(model, items, judge, classifier=None, edit=toy_edit, targets=DOMAIN
     that generated ones can be); None: cannot be told, as the IoU of a class that is not there
     """
     options["batch"] = batch
+    features = features or partial(judge_features, judge)
     found = {kind: [] for kind in KINDS}            # of each batch (features, confusion matrix)
     spread, scores, answers = [], [], []
     layouts, classes = 0, model.classes
@@ -544,7 +550,7 @@ def evaluate(model, items, judge, classifier=None, edit=toy_edit, targets=DOMAIN
             for images in judged:
                 scores += clip(images, captions).diag().tolist()
         if several > 1:
-            spread += compare_samples(judge, samples)
+            spread += compare_samples(features, samples)
         if folder:
             for k, images in enumerate(samples):
                 names = [f"{item['name']}_{k}" for item in group]
@@ -555,12 +561,14 @@ def evaluate(model, items, judge, classifier=None, edit=toy_edit, targets=DOMAIN
             shown["edited"] = [images]
             answers += zip([e[1] for e in edits], classifier(images).argmax(1).tolist())
         for kind, batches in shown.items():
-            found[kind] += [ask_judge(judge, images, label, classes) for images in batches]
+            for images in batches:
+                confusion = ask_judge(judge, images, label, classes)
+                found[kind].append((features(images).double().cpu(), confusion))
         layouts += len(group)
     result = {"layouts": layouts, "clip_score": mean(scores)}
     result |= summarize_judgement(found, classes.names, unjudged)
     result |= summarize_answers(answers, targets if classifier else ())
-    result["diversity"] = mean([features for features, _ in spread])
+    result["diversity"] = mean([distance for distance, _ in spread])
     result["diversity_pixels"] = mean([pixels for _, pixels in spread])
     return result
 
@@ -571,20 +579,19 @@ def judge_features(judge, images):
 
 
 def ask_judge(judge, images, label, classes):
-    """images [b,3,H,W] against label [b,H,W] -> the judge's features [b,C], and what it takes the
-    classes for [N,N], a row per true class. Its outputs beyond N are passed over."""
+    """images [b,3,H,W] against label [b,H,W] -> what the judge takes the classes for [N,N], a row
+    per true class. Its outputs beyond N are passed over."""
     N = len(classes.names)
     found = judge(images)[:, :N].argmax(1).cpu()
-    features = judge_features(judge, images).double().cpu()
-    return features, confusion_matrix(found, label, N)
+    return confusion_matrix(found, label, N)
 
 
-def compare_samples(judge, samples):
+def compare_samples(features, samples):
     """n batches [b,3,H,W], each with a sample of the same b layouts -> for each layout the
-    diversity of the judge's features, and of the pixels."""
-    features = torch.stack([judge_features(judge, images) for images in samples], 1)    # [b,n,C]
+    diversity of the features, and of the pixels."""
+    found = torch.stack([features(images) for images in samples], 1)  # (b, n, C)
     pixels = torch.stack([pixel_features(images) for images in samples], 1)
-    return list(zip(diversity(features).tolist(), diversity(pixels).tolist()))
+    return list(zip(diversity(found).tolist(), diversity(pixels).tolist()))
 
 
 def summarize_judgement(found, names, unjudged):
@@ -670,9 +677,14 @@ def choose_judges(args, preset, classes):
                          "file, or files, with --judge")
     path = try_to_load_from_cache(CLIP, "open_clip_model.safetensors")
     if not isinstance(path, str):
-        note(f"{CLIP} is not in the Hugging Face cache: its figures are left out")
+        missing = f"{CLIP} is not in the Hugging Face cache"
+        if args.features == "clip":
+            raise InputError(f"--features clip: {missing}")
+        note(f"{missing}: its figures are left out")
         return chosen
     chosen["clip"] = Clip(path, args.device)
+    if args.features == "clip":
+        chosen["features"] = chosen["clip"].encode_images
     if args.prompts or "classifier" not in chosen:
         prompts = args.prompts or WEATHER
         targets = [prompt.replace("{caption}", "").strip(" ,") or prompt for prompt in prompts]
@@ -684,13 +696,13 @@ def choose_judges(args, preset, classes):
 def sample_and_judge(args, preset, classes, load):
     """--evaluate: a table, the same as JSON, and the images."""
     dataset = open_split(args, preset, classes, args.split)
+    judges = choose_judges(args, preset, classes)
     out = make_folder(args.out)
     path = Path(args.json or out / "evaluation.json")
     check_target(path)
     make_folder(out / "labels")
     if find_images(make_folder(out / "images")):
         raise InputError(f"--out {out}: has images already: choose another folder")
-    judges = choose_judges(args, preset, classes)
     count = len(dataset.names[:args.limit])
     settings = dict(sampling(args), n=args.n, seed=args.seed)
     model = load()
@@ -719,7 +731,7 @@ def show(result):
         print(name.ljust(20) + "".join(str(value).rjust(14) for value in values))
 
 
-# -- how fast -------------------------------------------------------------------------------------
+# -- how fast --------------------------------------------------------------------------------------
 
 
 def bench(args, load):
@@ -764,7 +776,7 @@ def device_name(device):
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-# -- the page to paint layouts on -----------------------------------------------------------------
+# -- the page to paint layouts on ------------------------------------------------------------------
 
 PAGE = ASSETS / "paint.html"
 BODY = 4 * 2 ** 20      # bytes of a request at most; a painted 512 x 1024 takes a small part of it
@@ -941,7 +953,7 @@ def serve(args, load):
         server.serve_forever()
 
 
-# -- the command line -----------------------------------------------------------------------------
+# -- the command line ------------------------------------------------------------------------------
 
 
 def number(low, high=math.inf, kind=float, exclusive=False):
@@ -997,6 +1009,7 @@ def parse_args(argv=None):
         "is its own (default: {caption}). Of --evaluate: what edited prompts ask for")
     add("--ckpt", "--adapter", default=ADAPTER, help="an adapter, or a run's folder")
     add("--sd", metavar="FILE", help="Stable Diffusion 1.x (default: downloaded; toy: in assets/)")
+    add("--preset", choices=list(PRESETS), help="refuse an adapter of another one")
     add("--class-embeddings", metavar="FILE", help="what an official adapter was trained with")
     add("--data", help="toy (or toy:night, ...), cityscapes, ade20k, coco or a folder (default: "
         "the adapter's)")
@@ -1017,6 +1030,7 @@ def parse_args(argv=None):
     add("--batch", type=number(1, kind=int), default=8)
     add("--judge", nargs="+", metavar="FILE", help="segmenter that judges: one of train.py's, or "
         "mit-semseg's encoder and decoder")
+    add("--features", choices=["judge", "clip"], default="judge", help="of the Frechet distance")
     add("--port", type=number(0, 65535, int), default=8000, help="of --serve")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
     return p.parse_args(argv)
@@ -1025,6 +1039,8 @@ def parse_args(argv=None):
 def check_args(args, meta, parts, classes):
     """Raises InputError for flags that do not go with the adapter; sets the defaults that depend
     on it."""
+    if args.preset not in (None, meta["preset"]):
+        raise InputError(f"{args.ckpt}: is of the {meta['preset']} preset, not {args.preset}")
     if args.root and classes.key == "toy":
         raise InputError("--root: the toy has no files")
     embeds = meta["adapter"] in ("controlnet", "oft") and meta["hint"] == "classes"

@@ -76,7 +76,7 @@ DEFAULTS = {
 COLUMN = {"toy": 0, "cityscapes": 1, "ade20k": 2, "coco": 2}
 
 
-# -- the paper's algorithm ----------------------------------------------------------------------
+# -- the paper's algorithm -------------------------------------------------------------------------
 
 
 def generator_loss(model, discriminator, batch, step, args):
@@ -214,7 +214,7 @@ def cosine(a, b, fraction):
     return b + (a - b) * (1 + math.cos(math.pi * min(fraction, 1))) / 2
 
 
-# -- the loop -----------------------------------------------------------------------------------
+# -- the loop --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -311,8 +311,7 @@ def load_checkpoint(out, job, args):
             saved = torch.load(path, map_location="cpu", weights_only=True)
             break
         except Exception as error:  # whatever the two raise at a damaged file; nothing is executed
-            reason = (str(error) or type(error).__name__).splitlines()[0][:100]
-            damaged.append(f"{path}: damaged ({reason})")
+            damaged.append(f"{path}: damaged ({type(error).__name__})")
     else:
         if damaged:
             raise InputError(f"{damaged[0]}, and no checkpoint is whole; choose another --out")
@@ -478,7 +477,7 @@ def largest(value):
     return value.item()
 
 
-# -- training an adapter ------------------------------------------------------------------------
+# -- training an adapter ---------------------------------------------------------------------------
 
 
 def train_adapter(args):
@@ -782,7 +781,7 @@ class Cache(torch.utils.data.Dataset):
         return {"moments": moments, "label": label, "context": context, "index": index}
 
 
-# -- training a plain segmenter (Table 4) -------------------------------------------------------
+# -- training a plain segmenter (Table 4) ----------------------------------------------------------
 
 
 def train_segmenter(args):
@@ -890,7 +889,7 @@ def test_segmenter(args, net, tests):
     write_json(Path(args.out) / "segmenter.json", results)
 
 
-# -- what a step costs --------------------------------------------------------------------------
+# -- what a step costs -----------------------------------------------------------------------------
 
 
 def bench(args):
@@ -933,7 +932,7 @@ def bench(args):
     print(f"eight steps, one of them adversarial: {7 * seconds[0] + seconds[1]:.3f} s")
 
 
-# -- the command line ---------------------------------------------------------------------------
+# -- the command line ------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):

@@ -81,7 +81,7 @@ def toy_pixels(toy, index, device):
     return image.contiguous(memory_format=torch.channels_last)
 
 
-# -- the autoencoder ----------------------------------------------------------------------------
+# -- the autoencoder -------------------------------------------------------------------------------
 
 
 def make_vae(args):
@@ -187,7 +187,7 @@ def normalize_latents(vae, image):
     outer.weight *= s
 
 
-# -- text to image ------------------------------------------------------------------------------
+# -- text to image ---------------------------------------------------------------------------------
 
 
 def make_base(args):
@@ -246,7 +246,7 @@ def make_base(args):
     write_parts(args, {"text": averaged[0], "unet": averaged[1]}, ids.unique())
 
 
-# -- the judges ---------------------------------------------------------------------------------
+# -- the judges ------------------------------------------------------------------------------------
 
 
 def make_judges(args):
@@ -281,7 +281,7 @@ def make_judges(args):
     write_parts(args, nets)
 
 
-# -- adapters and pictures ----------------------------------------------------------------------
+# -- adapters and pictures -------------------------------------------------------------------------
 
 
 def make_adapters(args):

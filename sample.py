@@ -205,22 +205,22 @@ def grid(rows, titles=()):
 
 def draw_curves(log_csv, path, width=320, height=100):
     """log.csv of train.py (step, then losses; a cell is empty where a loss was not computed) -> a
-    PNG with a panel per loss, its scale from its least to its largest value. Long curves are
-    averaged over neighbouring steps. Without rows there is nothing to draw, and no file."""
+    PNG with a panel per loss that there is, its scale from its least to its largest value. Long
+    curves are averaged over neighbouring steps. Without losses there is no file."""
     with open(log_csv, newline="") as file:
         rows = list(csv.DictReader(file))
-    if not rows:
+    curves = {}
+    for name in list(rows[0])[1:] if rows else ():
+        points = np.array([(float(row["step"]), float(row[name] or "nan")) for row in rows])
+        points = points[np.isfinite(points[:, 1])]
+        if len(points):
+            curves[name] = points
+    if not curves:
         return
-    _, *names = rows[0]
-    table = np.array([[float(cell or "nan") for cell in row.values()] for row in rows])
-    canvas = Image.new("RGB", (width, len(names) * height), "white")
+    canvas = Image.new("RGB", (width, len(curves) * height), "white")
     pen = ImageDraw.Draw(canvas)
-    for panel, name in enumerate(names):
+    for panel, (name, points) in enumerate(curves.items()):
         top = panel * height
-        points = table[np.isfinite(table[:, panel + 1])][:, [0, panel + 1]]
-        if not len(points):
-            pen.text((4, top + 2), f"{name}: none yet", fill="black")
-            continue
         step, last = points[-1]
         parts = np.array_split(points, min(len(points), width // 2))
         points = np.array([part.mean(0) for part in parts])

@@ -1,6 +1,6 @@
 """Runs the rows of our tables, and writes them as Markdown.
 
-    python assets/make_results.py noise k --runs runs/results --out runs/results/results.md
+    python assets/make_results.py main k --runs runs/results --out runs/results/results.md
 
 Each row is train.py with some flags, run with each seed into a folder of its own under --runs. What
 is finished there is kept: the same command goes on after a stop, and tables share their runs.
@@ -25,17 +25,17 @@ from data import DOMAINS, InputError
 from sample import number
 from train import FIGURES
 
-# The adapters that the noise loss has trained, from which all others start: {name: its flags}.
+# Adapters that the noise loss has trained, from which others start, as the shipped ControlNet.
 STARTS = {
-    "controlnet": "--adapter controlnet --init none --discriminator none --lr 1e-3 --steps 1500",
     "t2i": "--adapter t2i --discriminator none --lr 1e-3 --steps 1500",
     "oft": "--adapter oft --discriminator none --lr 1e-3 --steps 1500",
 }
-NOISE = "--discriminator none --lr 5e-4 --steps 600"  # as long as ALDM takes
+NOISE = "--discriminator none --steps 800"  # as long as ALDM's 300 take
 TABLES = {  # name -> title, {row: flags}; START/x is the adapter x of STARTS
-    "noise": ("Noise loss and ALDM for the same time, from each adapter's converged noise loss", {
-        "ControlNet, noise loss": NOISE,
-        "ControlNet, ALDM": "",
+    "main": ("Noise loss and ALDM for the same time, both from the shipped ControlNet", {
+        "noise loss": NOISE,
+        "ALDM": ""}),
+    "adapters": ("The same with other adapters, from their own noise loss", {
         "T2I-Adapter, noise loss": f"--init START/t2i {NOISE}",
         "T2I-Adapter, ALDM": "--init START/t2i",
         "OFT, noise loss": f"--init START/oft {NOISE}",
@@ -58,7 +58,7 @@ TABLES = {  # name -> title, {row: flags}; START/x is the adapter x of STARTS
         "fake weight 0.1": "--fake-weight 0.1",
         "fake weight 0.001": "--fake-weight 0.001"}),
     "long": ("Four times as long: does the noise loss catch up?", {
-        "noise loss": "--discriminator none --lr 5e-4 --steps 2400",
+        "noise loss": "--discriminator none --steps 3200",
         "ALDM": "--steps 1200 --lr-d 5e-5"}),
 }
 WEATHER = ("a street at night", "a street in fog", "a street in snow", "a street in rain")
@@ -106,7 +106,7 @@ def run_all(jobs, at_once):
                 print(f"{len(waiting)} more; {' '.join(command[2:])}", flush=True)
                 with open(done.with_name("output.txt"), "w") as output:
                     process = subprocess.Popen(command, stdout=output, stderr=output,
-                                               env={**os.environ, "OMP_NUM_THREADS": threads})
+                                               env={"OMP_NUM_THREADS": threads, **os.environ})
                 running.append((process, done))
             time.sleep(0.2)
             for process, done in list(running):

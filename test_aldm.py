@@ -2348,6 +2348,8 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(flags, train_cli, tmp_pa
     assert load(whole).keys() == {"step", "meta", "flags", "adapter", "layout", "discriminator", "opt_g", "opt_d"}
     same_run(load(whole), load(out))
     same_run(load_file(whole / "adapter.safetensors"), load_file(out / "adapter.safetensors"))
+    with open(out / "log.csv", newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file) if row["D_mIoU"]] == ["3", "6", "8"]
     pictures = [f"step_000000{i}.png" for i in (3, 6, 8)]
     assert [name for name in files(out) if name.startswith("step")] == pictures
     assert all((whole / name).read_bytes() == (out / name).read_bytes() for name in pictures)
@@ -2447,7 +2449,11 @@ def test_the_picture_is_drawn_before_the_checkpoint(tmp_path):
     with pytest.raises(train.Stopped, match="No space left.*checkpoint_0000002.pt$"):
         little_run(tmp_path, 4, sample_every=3, show=full)
     drawn = []
-    little_run(tmp_path, 4, resume=True, sample_every=3, show=drawn.append)
+
+    def show(step):
+        drawn.append(step)
+        return {}
+    little_run(tmp_path, 4, resume=True, sample_every=3, show=show)
     assert drawn == [3, 4] and rows(tmp_path) == 4
 
 

@@ -47,8 +47,8 @@ from data import (ASSETS, IGNORE, InputError, Toy, batches, class_table, coloriz
                   refuse)
 from discriminator import (Bottleneck, UperNet, confusion_matrix, discriminator_loss, mean_iou,
                            segment)
-from sample import (device_name, draw_curves, evaluate, generate, grid, measure, number, to_pixels,
-                    toy_judges, write_png)
+from sample import (device_name, draw_curves, evaluate, from_pixels, generate, grid, measure, number,
+                    to_pixels, toy_judges, write_png)
 from unet import ResBlock, SpatialTransformer, UNet
 from vae import VAE, ResnetBlock
 
@@ -226,7 +226,7 @@ class Job:
     rates: list       # (optimiser, function: step -> learning rate)
     step: Callable    # batch, step -> {name: scalar}, "dropped" among them
     columns: list     # of log.csv: all the names that `step` may give
-    show: Callable = None    # step: draws the run's pictures
+    show: Callable = None    # step -> {name: scalar}: draws the run's pictures
     export: Callable = None  # step, path: writes what users take from the run
 
 
@@ -252,17 +252,17 @@ def fit(job, args):
                     group["lr"] = rate(step)
             losses = job.step(batch, step)
             done = step + 1
+            at_end = done == args.steps
+            draw_now = at_end or done % args.sample_every == 0
+            if draw_now and job.show and rank() == 0:
+                losses |= job.show(done)  # before the checkpoint: a run killed here draws once more
             log.add(done, losses)
             bar.update()
             bar.set_postfix(log.shown(), refresh=False)
 
             stop = largest(signals[0] if signals else 0)
-            at_end = done == args.steps
             if at_end or stop:
                 log.finish()
-            draw_now = at_end or done % args.sample_every == 0
-            if draw_now and job.show and rank() == 0:
-                job.show(done)  # before the checkpoint: a run killed here draws it once more
             save_now = done % args.save_every == 0 and log.is_finite()
             if save_now or at_end or stop:
                 save_checkpoint(out, job, done, args)
@@ -498,7 +498,7 @@ def train_adapter(args):
         stream=partial(stream, args, dataset, args.batch * args.accumulate),
         rates=[(opt_g, partial(warm_up, args.lr, args.warmup)), (opt_d, partial(one_cycle, args))],
         step=partial(adapter_step, args, model, discriminator, opt_g, opt_d),
-        columns=["noise", "adv", "D_real", "D_fake", "D_caught"],
+        columns=["noise", "adv", "D_real", "D_fake", "D_caught", "D_mIoU"],
         show=partial(save_pictures, args, model, discriminator, shown),
         export=partial(export_adapter, args, model, meta))
 
@@ -632,7 +632,8 @@ def export_adapter(args, model, meta, step, milestone):
 
 @torch.no_grad()
 def save_pictures(args, model, discriminator, items, step):
-    """step_*.png, a row per layout, and log.csv as curves."""
+    """step_*.png, a row per layout, and log.csv as curves. -> {"D_mIoU": of what the discriminator
+    finds in the generated images}"""
     label = torch.stack([item["label"] for item in items]).to(model.device)
     captions = [item["caption"] for item in items]
     samples = generate(model, label, captions, seeds=range(len(items)), steps=args.ddim_steps)
@@ -645,6 +646,7 @@ def save_pictures(args, model, discriminator, items, step):
         x0_hat = model.schedule.predict_x0(x_t, t, model.eps(x_t, t, captions, label))
         seen = model.vae.decode(x0_hat).float().clamp(-1, 1)
         found = discriminator(seen).argmax(1)
+        answer = discriminator(from_pixels(samples, model.device)).argmax(1)
     found = found.where(found < len(model.classes.names), IGNORE)  # "fake" is black
     columns = {
         "layout": paint(label, model.classes),
@@ -657,6 +659,8 @@ def save_pictures(args, model, discriminator, items, step):
     rows = list(zip(*columns.values()))
     write_png(out / f"step_{step:07d}.png", grid(rows, titles=list(columns)))
     draw_curves(out / "log.csv", out / "curves.png")
+    _, iou = mean_iou(confusion_matrix(answer, label, len(model.classes.names) + 1))
+    return {"D_mIoU": iou[:-1].nanmean()}  # without "fake"
 
 
 def paint(labels, classes):

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from aldm import atomic
+from aldm import atomic, check_target
 from data import DOMAINS, InputError
 from sample import number
 from train import FIGURES
@@ -191,6 +191,7 @@ def main():
     p.add_argument("--mix", type=number(0, 1), nargs="+", default=[0.5])
     args = p.parse_args()
     try:
+        check_target(args.out)
         texts = []
         for name in args.tables:
             texts.append(generalisation(args) if name == "generalisation" else table(name, args))

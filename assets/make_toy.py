@@ -34,7 +34,7 @@ from aldm import (ALDM, JUDGE, PRESETS, Schedule, TextEncoder, load_into, load_w
 from data import DOMAINS, IGNORE, InputError, Toy, class_table, colorize, toy_scene
 from discriminator import Classifier, UperNet
 from sample import from_pixels, generate, grid, load_model, number, write_png
-from train import Job, autocast, cosine, fit, open_run, update
+from train import Job, Stopped, autocast, cosine, fit, open_run, update
 from unet import UNet
 from vae import VAE
 
@@ -346,7 +346,7 @@ def main():
         args.bf16 = args.bf16 or args.device != "cpu"
         Path(args.out).mkdir(parents=True, exist_ok=True)
         STAGES[args.stage](args)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, Stopped) as error:
         print(f"make_toy.py: {error}", file=sys.stderr)
         raise SystemExit(2)
 

@@ -40,12 +40,14 @@ TABLES = {  # name -> title, {row: flags}; START/x is the adapter x of STARTS
         "T2I-Adapter, ALDM": "--init START/t2i",
         "OFT, noise loss": f"--init START/oft {NOISE}",
         "OFT, ALDM": "--init START/oft"}),
-    "k": ("Unrolled steps K, and where the gradient flows", {
+    "k": ("Unrolled steps K", {
         "K = 0": "--unroll 0",
         "K = 3 (default)": "",
-        "K = 9": "--unroll 9",
-        "K = 3, `each`": "--unroll-grad each",
-        "K = 3, `full`": "--unroll-grad full"}),
+        "K = 9": "--unroll 9"}),
+    "gradient": ("Where the gradient flows in the unrolled steps", {
+        "`first` (default)": "",
+        "`each`": "--unroll-grad each",
+        "`full`": "--unroll-grad full"}),
     "discriminator": ("The discriminator", {
         "trained (default)": "",
         "frozen": "--discriminator frozen",

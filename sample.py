@@ -695,11 +695,12 @@ def choose_judges(args, preset, classes):
 
 def sample_and_judge(args, preset, classes, load):
     """--evaluate: a table, the same as JSON, and the images."""
+    if args.json:
+        check_target(args.json)
     dataset = open_split(args, preset, classes, args.split)
     judges = choose_judges(args, preset, classes)
     out = make_folder(args.out)
     path = Path(args.json or out / "evaluation.json")
-    check_target(path)
     make_folder(out / "labels")
     if find_images(make_folder(out / "images")):
         raise InputError(f"--out {out}: has images already: choose another folder")

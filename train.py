@@ -1081,10 +1081,10 @@ def check(args):
     if args.unroll >= args.starts_below:
         raise InputError(f"--t-max {args.t_max}: only {args.starts_below} DDIM steps lie below it, "
                          f"too few for --unroll {args.unroll}")
-    if toy and (args.root or args.captions):
-        raise InputError("--root and --captions: the toy world has no files")
     if toy and args.size != 64:
         raise InputError(f"--size {args.size}: the toy world is 64x64")
+    if toy and (args.root or args.captions):
+        raise InputError("--root and --captions: the toy world has no files")
     if args.size % PRESETS[args.preset].multiple:
         raise InputError(f"--size {args.size}: preset {args.preset} takes multiples of "
                          f"{PRESETS[args.preset].multiple}")

@@ -1888,7 +1888,8 @@ def test_prompts_of_an_evaluation(monkeypatch, toy_files):
     """With CLIP, {caption} is filled in, and the image is compared with the rest of the prompts."""
     monkeypatch.setattr(sample, "try_to_load_from_cache", lambda *_: "here")
     monkeypatch.setattr(sample, "Clip", lambda path, device: lambda images, texts: (images, texts))
-    args = SimpleNamespace(sd=toy_files / "toy.safetensors", device="cpu", judge=None, prompts=None)
+    args = SimpleNamespace(sd=toy_files / "toy.safetensors", device="cpu", judge=None, prompts=None,
+                           features="judge")
     toy = sample.choose_judges(args, PRESETS["toy"], class_table("toy"))
     assert isinstance(toy["classifier"], Classifier) and "edit" not in toy and "clip" in toy
     args.prompts = ["{caption}, at dusk", "snow, {caption}"]
@@ -1897,6 +1898,10 @@ def test_prompts_of_an_evaluation(monkeypatch, toy_files):
     assert chosen["edit"]("a road", 3) == ("snow, a road", 1)
     assert chosen["targets"] == ["at dusk", "snow"]
     assert chosen["classifier"]("images") == ("images", ["at dusk", "snow"])
+    monkeypatch.setattr(sample, "try_to_load_from_cache", lambda *_: None)
+    args.features = "clip"
+    with pytest.raises(InputError, match="--features clip"):
+        sample.choose_judges(args, PRESETS["toy"], class_table("toy"))
 
 
 # The command line.

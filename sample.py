@@ -513,8 +513,7 @@ KINDS = "generated", "edited", "reconstructed", "real"      # of images that are
 def evaluate(model, items, judge, classifier=None, edit=toy_edit, targets=DOMAINS, clip=None,
              features=None, n=4, diverse=None, unjudged=(), seed=0, batch=8, folder=None,
              **options):
-    """Do images generated from the items' layouts obey them, look like the items' images, obey
-    words, and vary?
+    """Do images generated from the items' layouts obey them, look real, obey words, and vary?
 
     items        dicts of image [3,H,W] in [-1,1], label [H,W], caption, name
     judge        an independent segmenter: UperNet with the model's classes

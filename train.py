@@ -47,8 +47,8 @@ from data import (ASSETS, IGNORE, InputError, Toy, batches, class_table, coloriz
                   refuse)
 from discriminator import (Bottleneck, UperNet, confusion_matrix, discriminator_loss, mean_iou,
                            segment)
-from sample import (device_name, draw_curves, evaluate, from_pixels, generate, grid, measure, number,
-                    to_pixels, toy_judges, write_png)
+from sample import (device_name, draw_curves, evaluate, from_pixels, generate, grid, measure,
+                    number, to_pixels, toy_judges, write_png)
 from unet import ResBlock, SpatialTransformer, UNet
 from vae import VAE, ResnetBlock
 

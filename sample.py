@@ -13,8 +13,8 @@ import signal
 if __name__ == "__main__":
     # Ctrl-C during the slow imports below ends without a traceback; `main` catches it later.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    # OpenMP's threads sleep while they wait, instead of taking the CPU from other programs.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # OpenMP's waiting threads soon sleep, instead of taking the CPU from other programs.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import argparse
 import base64

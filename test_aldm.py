@@ -3,7 +3,7 @@
     python -m pytest -q
 """
 import os
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # as the command lines do, before torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")     # as the command lines do, before torch is imported
 
 import ast
 import base64

@@ -12,8 +12,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 if __name__ == "__main__":
     for number in SIGNALS:  # until the training begins, they end it without a word
         signal.signal(number, lambda number, _: os._exit(128 + number))
-    # Waiting threads sleep: spinning, they slow down everything beside them, themselves as well.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Waiting threads soon sleep: spinning, they slow down everything beside them, and themselves.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import argparse
 import csv

@@ -7,12 +7,10 @@ is finished there is kept: the same command goes on after a stop, and tables sha
 """
 import argparse
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,87 +64,49 @@ TABLES = {  # name -> title, {row: flags}; START/x is the adapter x of STARTS
 WEATHER = ("a street at night", "a street in fog", "a street in snow", "a street in rain")
 
 
+def finish(out, flags, product, args):
+    """Run train.py in the folder `out`, or go on with it, unless its last file is there, the JSON
+    `product`. -> what that holds"""
+    if not (out / product).exists():
+        command = [sys.executable, str(ROOT / "train.py"), "--resume", "--keep", "1",
+                   *flags.split(), *args.train_flags.split(), "--out", str(out)]
+        print(" ".join(command[1:]), flush=True)
+        subprocess.run(command, check=True)
+    return json.loads((out / product).read_text())
+
+
+def finish_row(flags, seed, args):
+    """-> judged.json of train.py with these flags"""
+    out = args.runs / folder_name(flags, seed)
+    for word in re.findall(r"START/\w+", flags):
+        start = args.runs / word.lower()
+        finish(start, f"{STARTS[start.name]} --no-before", "judged.json", args)
+        flags = flags.replace(word, str(start))
+    return finish(out, f"{flags} --seed {seed} --no-before", "judged.json", args)
+
+
 def folder_name(flags, seed):
     words = re.sub(r"[^\w.]+", "-", flags).strip("-") or "default"
     return f"{words}-seed-{seed}"
 
 
-def start_command(name, args):
-    out = args.runs / "start" / name
-    flags = STARTS[name].split()
-    return [*train_command(args), *flags, "--no-before", "--out", str(out)], out / "judged.json"
-
-
-def row_command(flags, seed, args):
-    out = args.runs / folder_name(flags, seed)
-    words = flags.replace("START", str(args.runs / "start")).split()
-    command = [*train_command(args), *words, "--seed", str(seed), "--no-before", "--out", str(out)]
-    return command, out / "judged.json"
-
-
-def train_command(args):
-    extra = args.train_flags.split()
-    return [sys.executable, str(ROOT / "train.py"), "--resume", "--keep", "1", *extra]
-
-
-def run_all(jobs, at_once):
-    """Run the commands [(command, the file that says that it is finished)], some at once. Ends them
-    all when this ends; raises InputError when one fails."""
-    waiting = [(command, done) for command, done in jobs if not done.exists()]
-    running = []
-    threads = str(max(1, (os.cpu_count() or 1) // at_once))
-    # A signal is only noted: as an exception it could come between a process and its entry here.
-    stopped = []
-    signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
-    try:
-        while waiting or running:
-            if stopped:
-                raise SystemExit(128 + stopped[0])
-            while waiting and len(running) < at_once:
-                command, done = waiting.pop(0)
-                done.parent.mkdir(parents=True, exist_ok=True)
-                print(f"{len(waiting)} more; {' '.join(command[2:])}", flush=True)
-                with open(done.with_name("output.txt"), "w") as output:
-                    process = subprocess.Popen(command, stdout=output, stderr=output,
-                                               env={"OMP_NUM_THREADS": threads, **os.environ})
-                running.append((process, done))
-            time.sleep(0.2)
-            for process, done in list(running):
-                if process.poll() is not None:
-                    running.remove((process, done))
-                    if process.returncode or not done.exists():
-                        raise InputError(f"a run failed; see {done.with_name('output.txt')}")
-    finally:
-        for process, _ in running:
-            process.terminate()
-        for process, _ in running:
-            process.wait()
-
-
 def table(name, args):
     """-> the table as Markdown: of each figure its mean and standard deviation over the seeds."""
     title, rows = TABLES[name]
-    starts = sorted({word.split("/")[1] for flags in rows.values() for word in flags.split()
-                     if word.startswith("START/")})
-    run_all([start_command(start, args) for start in starts], args.jobs)
-    jobs = {}
-    for seed in range(args.seeds):
-        for row, flags in rows.items():
-            jobs[row, seed] = row_command(flags, seed, args)
-    run_all(list(jobs.values()), args.jobs)
     lines = [f"## {title}", "", f"| | `train.py` ... | {' | '.join(FIGURES)} |",
              "|---|---|" + "---|" * len(FIGURES)]
     for row, flags in rows.items():
-        results = [json.loads(jobs[row, seed][1].read_text()) for seed in range(args.seeds)]
+        results = [finish_row(flags, seed, args) for seed in range(args.seeds)]
         cells = [spread([result[key] for result in results]) for key in FIGURES.values()]
         lines.append(f"| {row} | `{flags or '(defaults)'}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def spread(values):
-    values = np.array(values, float)
-    digits = 0 if values.mean() > 10 else 3
-    return f"{values.mean():.{digits}f} ± {values.std(ddof=min(1, len(values) - 1)):.{digits}f}"
+    """Mean and standard deviation; of a single value, that alone."""
+    digits = 0 if max(values) > 10 else 3
+    text = f"{np.mean(values):.{digits}f}"
+    return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
 
 
 def generalisation(args):
@@ -157,23 +117,19 @@ def generalisation(args):
     if not (images / "finished").exists():
         subprocess.run(make, check=True)
         (images / "finished").touch()
-    tests = ["--test", *(f"toy:{domain}" for domain in DOMAINS)]
+    tests = "--test " + " ".join(f"toy:{domain}" for domain in DOMAINS)
     rows = {"clear days": "--data toy", "real images of all weathers": "--data toy:all"}
     for mix in args.mix:
-        rows[f"clear days and ALDM's images, {mix:g} of each batch"] = \
-            f"--data toy --mix {mix:g} --extra {images}"
-    jobs = {}
-    for seed in range(args.seeds):
-        for row, flags in rows.items():
-            out = args.runs / folder_name("segmenter " + flags.replace(str(images), "aldm"), seed)
-            command = [*train_command(args), "--train", "segmenter", "--steps", "500",
-                       *flags.split(), *tests, "--seed", str(seed), "--out", str(out)]
-            jobs[row, seed] = (command, out / "segmenter.json")
-    run_all(list(jobs.values()), args.jobs)
+        row = f"clear days and ALDM's images, {mix:g} of each batch"
+        rows[row] = f"--data toy --mix {mix:g} --extra {images}"
     lines = ["## What images of unseen weather are good for: mIoU of a segmenter", "",
              f"| trained on | {' | '.join(DOMAINS)} |", "|---|" + "---|" * len(DOMAINS)]
-    for row in rows:
-        results = [json.loads(jobs[row, seed][1].read_text()) for seed in range(args.seeds)]
+    for row, flags in rows.items():
+        results = []
+        for seed in range(args.seeds):
+            out = args.runs / folder_name("segmenter " + flags.replace(str(images), "aldm"), seed)
+            training = f"--train segmenter --steps 500 {flags} {tests} --seed {seed}"
+            results.append(finish(out, training, "segmenter.json", args))
         cells = [spread([result[f"toy:{domain}"]["mIoU"] for result in results])
                  for domain in DOMAINS]
         lines.append(f"| {row} | {' | '.join(cells)} |")
@@ -186,12 +142,12 @@ def main():
     p.add_argument("--runs", type=Path, required=True, help="folder of the runs")
     p.add_argument("--out", type=Path, required=True, help="the Markdown file")
     p.add_argument("--seeds", type=number(1, kind=int), default=3)
-    p.add_argument("--jobs", type=number(1, kind=int), default=2, help="runs at a time")
     p.add_argument("--train-flags", default="", help="given to every run, in one string")
     p.add_argument("--adapter", type=Path, default=ROOT / "assets" / "toy_aldm.safetensors",
                    help="whose images generalisation uses")
     p.add_argument("--mix", type=number(0, 1), nargs="+", default=[0.5])
     args = p.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the run as well
     try:
         check_target(args.out)
         texts = []

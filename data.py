@@ -92,32 +92,34 @@ def published_classes(key):
 
 
 HEADER = re.compile(r"((id|index)\W)?(name|class|label)(\Wr(ed)?\Wg(reen)?\Wb(lue)?)?", re.I)
-SPACED = re.compile(r"(\d+ )?(.*?)((?: +[-.\d]+){2,})?")  # id, name, numbers
-CLASS = re.compile(r"(?:(\d+),)?([^,#]*[^\W\d][^,#]*)(?:,(\d+)[ ,]+(\d+)[ ,]+(\d+)(?:,255)?)?")
+SEPARATOR = re.compile(r"\s*[,;:\t][\s,;:\t]*")
+CLASS = re.compile(r"""
+    (?:(\d+)[ ,][ ]*)?                                # an id, as other tools write it
+    ([^,#]*[^\W\d][^ ,#]*(?:[ ]+[^ ,#]+(?=,|$))?)     # the name
+    (?:[ ,]+(\d+)[ ,]+(\d+)[ ,]+(\d+)(?:,255)?)?     # R, G, B; an alpha of 255
+    """, re.VERBOSE)
 
 
 def parse_class(line, file_id):
-    """A class's line, the id that it has by its place -> name, colour (R, G, B) or None.
+    """A class's line, the id that it has by its place -> name, (R, G, B) or None, nearest or "".
 
-    Fields are set apart by spaces, or by some of , ; : and tabs; other tools write the id first, or
-    an alpha of 255 last. Raises ValueError where the meaning is not plain.
+    Fields are set apart by spaces, or by some of , ; : and tabs. Raises ValueError where the
+    meaning is not plain, as in `platform 9 1 2 3`.
     """
-    line = line.replace('"', "")
-    fields = re.split("[,;:\t]", line)
-    if len(fields) == 1:
-        fields = SPACED.fullmatch(line).groups("")
-    found = CLASS.fullmatch(",".join(field.strip() for field in fields if field.strip()))
+    entry, _, nearest = line.partition("=")
+    entry = SEPARATOR.sub(",", entry.replace('"', ""))
+    found = CLASS.fullmatch(entry.strip(" ,"))
     if found is None:
         raise ValueError("wanted is `name`, `name R G B` or `name, R, G, B`")
     given_id, name, *colour = found.groups()
     if given_id and int(given_id) != file_id:
         raise ValueError(f"id {given_id} in the place of id {file_id}; `void` fills gaps")
     if colour[0] is None:
-        return name, None
+        return name, None, nearest.strip()
     colour = tuple(int(value) for value in colour)
     if max(colour) > 255:
         raise ValueError("colours are numbers in 0..255")
-    return name, colour
+    return name, colour, nearest.strip()
 
 
 def read_classes(path, key):
@@ -132,42 +134,41 @@ def read_classes(path, key):
         text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
-    lines = [(number, line) for number, line in lines if line and line[0] != "#"]
-    if lines and HEADER.fullmatch(lines[0][1]):
-        lines = lines[1:]
-    ids, names, colours, neighbours, void = [], [], [], [], []
-    for number, line in lines:
-        entry, _, neighbour = (part.strip() for part in line.partition("="))
+    entries = []  # (name, colour, nearest) by the id in label files
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.strip()
+        if not line or line[0] == "#" or (not entries and HEADER.fullmatch(line)):
+            continue
         try:
-            name, colour = parse_class(entry, len(ids))
+            entries.append(parse_class(line, file_id=len(entries)))
         except ValueError as error:
             raise InputError(f"{path}, line {number}: {line!r}: {error}") from None
-        if name.lower() == "void":
-            ids.append(IGNORE)
-            if colour:
-                void.append(colour)
-        else:
-            ids.append(len(names))
-            names.append(name)
-            colours.append(colour)
-            neighbours.append(neighbour)
-    if not names or len(ids) > 255:
-        raise InputError(f"{path}: {len(names)} classes on {len(ids)} lines: wanted are 1 to 255")
-    twins = [name for name, c in zip(names, colours) if c and (colours + void).count(c) > 1]
+
+    is_class = np.array([name.lower() != "void" for name, _, _ in entries], bool)
+    if not is_class.any() or len(entries) > 255:
+        raise InputError(f"{path}: {is_class.sum()} classes on {len(entries)} lines: wanted are "
+                         "1 to 255")
+    names, colours, nearest = zip(*itertools.compress(entries, is_class))
+    file_ids = np.full(256, -1, np.int16)
+    file_ids[:len(entries)] = np.where(is_class, is_class.cumsum() - 1, IGNORE)
+    file_ids[IGNORE] = IGNORE
+
+    taken = [colour for _, colour, _ in entries if colour]
+    twins = [name for name, colour in zip(names, colours) if taken.count(colour) > 1]
     if twins and key != "ade20k":  # which publishes road and skyscraper in one colour
         raise InputError(f"{path}: {', '.join(twins)} share colours: give each its own, or none")
+    fresh = fresh_colours(taken)
+    palette = np.array([colour or next(fresh) for colour in colours], np.uint8)
+    void = [colour for name, colour, _ in entries if name.lower() == "void" and colour]
+    void = np.unique([(0, 0, 0), *void], axis=0).astype(np.uint8)
+
     known = names if key == "ade20k" else class_table("ade20k").names
-    missing = set(neighbours) - {"", *known}
+    missing = set(nearest) - {"", *known}
     if missing:
         raise InputError(f"{path}: ADE20K has no classes {missing}")
-    nearest = [neighbour or name for name, neighbour in zip(names, neighbours)]
+    nearest = [other or name for name, other in zip(names, nearest)]
     ade = tuple(name if name in known else None for name in nearest)
-    fresh = fresh_colours(colours + void)
-    palette = np.array([colour or next(fresh) for colour in colours], np.uint8)
-    file_ids = np.array(ids + [-1] * (255 - len(ids)) + [IGNORE], np.int16)
-    void = np.unique([(0, 0, 0), *void], axis=0).astype(np.uint8)
-    return Classes(key, tuple(names), palette, ade, file_ids, void)
+    return Classes(key, names, palette, ade, file_ids, void)
 
 
 def fresh_colours(taken):
@@ -183,15 +184,15 @@ def fresh_colours(taken):
 
 def classes_text(classes):
     """The text of a classes.txt by which `class_table` knows these classes again, as ids 0..N-1."""
-    _, first = np.unique(classes.palette, axis=0, return_index=True)  # of twins, one has the colour
     lines = []
-    for c, name in enumerate(classes.names):
-        fields = [name]
-        if c in first:
-            fields += map(str, classes.palette[c])
-        line = ", ".join(fields)
-        if classes.ade[c] not in (None, name):
-            line += f" = {classes.ade[c]}"
+    taken = []
+    for name, colour, ade in zip(classes.names, classes.palette.tolist(), classes.ade):
+        line = name
+        if colour not in taken:  # of twins, one has the colour
+            line += ", {}, {}, {}".format(*colour)
+        if ade not in (None, name):
+            line += f" = {ade}"
+        taken.append(colour)
         lines.append(line + "\n")
     return "".join(lines)
 
@@ -456,17 +457,24 @@ SKIES = {"day": ((70, 132, 222), (198, 220, 242)),  # zenith, horizon
          "rain": ((84, 92, 108), (140, 146, 156))}
 ROAD, SIDEWALK, BUILDING, POLE, SIGN = 0, 1, 2, 5, 7  # Cityscapes' train ids
 VEGETATION, TERRAIN, SKY, PERSON, CAR = 8, 9, 10, 11, 13
-IS_GROUND = np.isin(np.arange(256), (ROAD, SIDEWALK, TERRAIN))
-IS_SMALL = np.isin(np.arange(256), (PERSON, CAR, POLE, SIGN))
-AT_NIGHT = np.ones(256, np.float32)  # how much of its daylight a class keeps
-AT_NIGHT[[ROAD, SIDEWALK, TERRAIN, BUILDING, VEGETATION]] = 0.38, 0.42, 0.36, 0.40, 0.40
-AT_NIGHT[[PERSON, CAR, POLE, SIGN]] = 0.72, 0.66, 0.62, 0.80  # small things stay in sight
-IN_FOG = np.where(IS_SMALL, 0.85, 1)  # how much of the fog is seen before it
-IN_FOG[SKY] = 0
-IN_SNOW = np.where(IS_GROUND, 0.86, 0.06)  # how much of it is white
-IN_SNOW[[ROAD, TERRAIN]] = 0.5, 0.72
-IN_RAIN = np.zeros(256)  # how much it is a mirror
-IN_RAIN[[ROAD, SIDEWALK]] = 0.5, 0.3
+GROUND = ROAD, SIDEWALK, TERRAIN
+SMALL = PERSON, CAR, POLE, SIGN
+
+
+def by_class(others, values):
+    """-> [256,1], so that by_class(...)[label] is [64,64,1]."""
+    table = np.full((256, 1), others, float)
+    for c, value in values.items():
+        table[c] = value
+    return table
+
+
+AT_NIGHT = by_class(1, {  # how much of its daylight a class keeps: small things stay in sight
+    ROAD: 0.38, SIDEWALK: 0.42, TERRAIN: 0.36, BUILDING: 0.4, VEGETATION: 0.4,
+    PERSON: 0.72, CAR: 0.66, POLE: 0.62, SIGN: 0.8})
+IN_FOG = by_class(1, {SKY: 0, **dict.fromkeys(SMALL, 0.85)})  # how much of the fog is before it
+IN_SNOW = by_class(0.06, {ROAD: 0.5, SIDEWALK: 0.86, TERRAIN: 0.72})  # how much of it is white
+IN_RAIN = by_class(0, {ROAD: 0.5, SIDEWALK: 0.3})  # how much it is a mirror
 YY, XX = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)
 
 
@@ -478,12 +486,12 @@ def toy_scene(seed, domain="day"):
     """
     street = Street(seed, domain)
     paint_sky(street)
-    walls = paint_buildings(street)
+    paint_buildings(street)
     paint_ground(street)
-    car = paint_things(street)
+    paint_things(street)
     image = WEATHER[domain](street, street.shade_ground())
     label = cover_with_void(street)
-    caption = describe(street, label, walls, car)
+    caption = describe(street, label)
     return image.clip(0, 255).astype(np.uint8), label, caption
 
 
@@ -492,7 +500,8 @@ class Street:
 
     All stands on a ground plane with its vanishing point at (vanish, horizon): the point X to the
     right and at closeness d (0 at the horizon, 1 at the lower edge) is drawn at
-    (vanish + X d, horizon + depth d), and sizes grow with d.
+    (vanish + X d, horizon + depth d), and sizes grow with d. The painters add .walls, .left, .right
+    and .car, for those that come later.
     """
 
     def __init__(self, seed, domain):
@@ -512,6 +521,10 @@ class Street:
             Image.new("L", (SIDE, SIDE), SKY),  # class
             Image.new("L", (SIDE, SIDE), 255)]  # distance, for the fog
         self.pens = [ImageDraw.Draw(canvas) for canvas in self.canvases]
+
+    def y(self, d):
+        """The picture's row at closeness d."""
+        return self.horizon + self.depth * d
 
     def paint(self, shape, xy, colour, what=(), glow=(0, 0, 0)):
         """what: (class, distance); () leaves the class beneath as it is (shadows, windows)."""
@@ -534,23 +547,22 @@ class Street:
     def strip(self, x0, x1, d0, d1, *how):
         """A strip of the ground plane from X = x0 to x1 and from closeness d0 to d1."""
         corners = (x0, d0), (x1, d0), (x1, d1), (x0, d1)
-        xy = [(self.vanish + x * d, self.horizon + self.depth * d) for x, d in corners]
+        xy = [(self.vanish + x * d, self.y(d)) for x, d in corners]
         self.paint("polygon", xy, *how)
 
     def beside(self, d, spread):
         """x of a place within `spread` pixels (at d = 1) of a kerb, in the frame if it can be."""
-        if self.chance() < 0.5:
-            edge, side = self.vanish - self.left * d, -1
-        else:
-            edge, side = self.vanish + self.right * d, 1
-        room = (edge if side < 0 else SIDE - edge) - 4
-        return int(edge + side * (2 + self.chance() * min(spread * d, max(3, room))))
+        is_left = self.chance() < 0.5
+        kerb = self.vanish - self.left * d if is_left else self.vanish + self.right * d
+        room = (kerb if is_left else SIDE - kerb) - 4
+        away = 2 + self.chance() * min(spread * d, max(3, room))
+        return int(kerb - away if is_left else kerb + away)
 
     def shade_ground(self):
         """Ends the painting: sets .label, .ground and .small (bool), .far -> image float32."""
-        image, self.light, self.label, far = (np.asarray(canvas) for canvas in self.canvases)
-        self.ground = IS_GROUND[self.label][..., None]
-        self.small = IS_SMALL[self.label][..., None]
+        image, self.light, self.label, far = map(np.asarray, self.canvases)
+        self.ground = np.isin(self.label, GROUND)[..., None]
+        self.small = np.isin(self.label, SMALL)[..., None]
         d = ((YY - self.horizon) / self.depth).clip(0, 1)[..., None]
         far = far.astype(np.float32)[..., None] / 255
         self.far = np.where(self.ground, 0.9 * (1 - d) ** 1.5, far)
@@ -578,16 +590,16 @@ def paint_sky(street):
 
 
 def paint_buildings(street):
-    """Buildings along the horizon, taller towards the frame's edges -> the walls' name."""
+    """Buildings along the horizon, taller towards the frame's edges. Sets .walls: their name."""
     rng, chance, horizon = street.rng, street.chance, street.horizon
     kinds = list(WALLS)
-    usual = kinds[rng.integers(4)]
+    street.walls = kinds[rng.integers(4)]  # of most
     x = -int(rng.integers(0, 6))
     while x < SIDE:
         w = int(rng.integers(9, 20))
         side = abs(x + w / 2 - street.vanish) / 32
         top = int(horizon - 8 - rng.integers(0, 9) - side * 14 * chance())
-        kind = usual if chance() < 0.75 else kinds[rng.integers(4)]
+        kind = street.walls if chance() < 0.75 else kinds[rng.integers(4)]
         colour = tone(WALLS[kind], 0.8 + 0.35 * chance())
         step = int(rng.integers(4, 6))
         pane = tone((52, 66, 92), 0.7 + 0.7 * chance())
@@ -597,14 +609,12 @@ def paint_buildings(street):
             street.box(x, top, right, base, colour, (BUILDING, int(205 - 50 * side)))
             street.box(right - 1, top, right, base, tone(colour, 0.8))
             street.box(x, top, right, top + 1, roof)
-            rows = range(top + 4, horizon - 2, step)
-            columns = range(x + 2, right - 2, step)
-            for wy, wx in itertools.product(rows, columns):
-                lit = street.domain == "night" and street.look.random() < 0.45
-                glow = (240, 200, 105) if lit else (0, 0, 0)
-                street.box(wx, wy, wx + 1, wy + 1, pane, glow=glow)
+            for wy in range(top + 4, horizon - 2, step):
+                for wx in range(x + 2, right - 2, step):
+                    is_lit = street.domain == "night" and street.look.random() < 0.45
+                    glow = (240, 200, 105) if is_lit else (0, 0, 0)
+                    street.box(wx, wy, wx + 1, wy + 1, pane, glow=glow)
         x += w
-    return usual
 
 
 def paint_ground(street):
@@ -613,13 +623,17 @@ def paint_ground(street):
     Sets .left and .right: how far the road reaches from the vanishing point, in pixels at d = 1.
     """
     rng, chance = street.rng, street.chance
-    left, right, walk = (int(rng.integers(*span)) for span in ((26, 54), (26, 54), (12, 30)))
-    street.left, street.right = left, right
-    lane = (right - left) / 2
+    left = street.left = int(rng.integers(26, 54))
+    right = street.right = int(rng.integers(26, 54))
+    walk = int(rng.integers(12, 30))
+    middle = (right - left) / 2
     paving = tone((172, 160, 152), 0.9 + 0.2 * chance())
     grass = tone((116, 148, 70), 0.85 + 0.3 * chance())
     asphalt = tone((88, 88, 94), 0.85 + 0.3 * chance())
-    has_grass, has_walk, has_line, has_zebra = (chance() < p for p in (0.5, 0.85, 0.8, 0.25))
+    has_grass = chance() < 0.5
+    has_walk = chance() < 0.85
+    has_line = chance() < 0.8
+    has_zebra = chance() < 0.25
 
     if has_grass:
         street.box(0, street.horizon, SIDE, SIDE, grass, (TERRAIN, 0))
@@ -637,46 +651,46 @@ def paint_ground(street):
             street.strip(X - 2, X + 3, 0.04, 1.2, tone(asphalt, 0.35))
     if has_line:
         for d0, d1 in ((0.1, 0.17), (0.24, 0.36), (0.47, 0.66), (0.85, 1.1)):
-            street.strip(lane - 1.4, lane + 1.4, d0, d1, (222, 222, 218))
+            street.strip(middle - 1.4, middle + 1.4, d0, d1, (222, 222, 218))
     if has_zebra:
         for X in np.arange(-left + 3, right - 4, 11):
             street.strip(X, X + 6, 0.5, 0.72, (226, 226, 222))
 
 
+THINGS = (  # how many at most, their least closeness, by how much they come closer, to which power
+    ("car", 4, 0.14, 0.7, 1.4),
+    ("person", 5, 0.14, 0.7, 1.5),
+    ("pole", 4, 0.12, 0.6, 1.3),
+    ("tree", 4, 0.06, 0.4, 1.3))
+
+
 def paint_things(street):
-    """Cars, people, poles and trees, from far to near -> (colour, window) of the nearest car."""
-    rng, chance = street.rng, street.chance
+    """Cars, people, poles and trees, from far to near."""
     things = []
-    for kind, limit, nearest, reach, power in (
-            ("car", 5, 0.14, 0.7, 1.4), ("person", 6, 0.14, 0.7, 1.5),
-            ("pole", 5, 0.12, 0.6, 1.3), ("tree", 5, 0.06, 0.4, 1.3)):
-        for _ in range(rng.integers(0, limit)):
-            d = nearest + reach * chance() ** power
-            head = ("lamp", "sign", "sign", "bare")[rng.integers(4)] if kind == "pole" else ""
-            things.append((d, kind, head))
-    car = None
-    for d, kind, head in sorted(things):
-        y = int(street.horizon + street.depth * d)
+    for kind, most, least, reach, power in THINGS:
+        for _ in range(street.rng.integers(0, most + 1)):
+            d = least + reach * street.chance() ** power
+            if kind == "pole":
+                head = ("lamp", "sign", "sign", "bare")[street.rng.integers(4)]
+                things.append((d, head))
+            else:
+                things.append((d, kind))
+    street.car = None
+    for d, kind in sorted(things):
+        y = int(street.y(d))
         distance = int(225 * (1 - d))
         if kind == "car":
-            lane = street.right * 0.5 if chance() < 0.5 else -street.left * 0.5
-            x = int(street.vanish + lane * d + (chance() - 0.5) * 16 * d)
-            car = paint_car(street, x, y, d, (CAR, distance))
+            paint_car(street, y, d, (CAR, distance))
         elif kind == "person":
-            if chance() < 0.25:  # on the road
-                X = chance() * (street.left + street.right) - street.left
-                x = int(street.vanish + X * d)
-            else:
-                x = street.beside(d, 30)
-            paint_person(street, x, y, d, (PERSON, distance))
+            paint_person(street, y, d, (PERSON, distance))
         elif kind == "tree":
-            paint_tree(street, street.beside(d, 150), y, d, (VEGETATION, distance))
+            paint_tree(street, y, d, (VEGETATION, distance))
         else:
-            paint_pole(street, street.beside(d, 14), y, d, (POLE, distance), head)
-    return car
+            paint_pole(street, y, d, kind, distance)
 
 
-def paint_tree(street, x, y, d, what):
+def paint_tree(street, y, d, what):
+    x = street.beside(d, 150)
     r = 3 + 12 * d + 3 * street.chance()
     leaf = tone((58, 120, 46), 0.75 + 0.5 * street.chance())
     middle = y - 1.9 * r
@@ -689,8 +703,14 @@ def paint_tree(street, x, y, d, what):
         street.oval(x, middle, r, (-0.75, -0.9, 0.1, -0.1), tone(leaf, 1.25))
 
 
-def paint_car(street, x, y, d, what):
-    """A car as wide as 0.36 of the road, seen from behind in the right lane -> colour, window."""
+def paint_car(street, y, d, what):
+    """A car as wide as 0.36 of the road, seen from behind in the right lane.
+
+    Sets .car: the name of its colour, and its rows and columns in the picture.
+    """
+    is_right = street.chance() < 0.5
+    lane = street.right / 2 if is_right else -street.left / 2
+    x = int(street.vanish + lane * d + (street.chance() - 0.5) * 16 * d)
     W = max(8, int(0.36 * (street.left + street.right) * d))
     H = int(0.74 * W)
     w = W // 2
@@ -712,11 +732,16 @@ def paint_car(street, x, y, d, what):
     lamp = (255, 40, 30) if away else (255, 246, 200)
     for side in (x - w, x + w - wheel + 1):
         street.box(side, y - int(H * 0.5), side + wheel - 1, y - int(H * 0.36), lamp, glow=lamp)
-    return name, (slice(max(0, y - H), y), slice(max(0, x - w), x + w + 1))
+    street.car = name, slice(max(0, y - H), y), slice(max(0, x - w), x + w + 1)
 
 
-def paint_person(street, x, y, d, what):
-    """A person nearly as tall as a car is wide."""
+def paint_person(street, y, d, what):
+    """A person nearly as tall as a car is wide, on the road or beside it."""
+    if street.chance() < 0.25:
+        X = street.chance() * (street.left + street.right) - street.left
+        x = int(street.vanish + X * d)
+    else:
+        x = street.beside(d, 30)
     s = max(8, int(0.34 * (street.left + street.right) * d))
     w = max(2, round(s * 0.28))
     head = max(2, round(s * 0.2))
@@ -735,9 +760,10 @@ def paint_person(street, x, y, d, what):
     street.paint(shape, [x, y - s, x + head - 1, neck - 1], skin, what)
 
 
-def paint_pole(street, x, y, d, what, head):
+def paint_pole(street, y, d, head, distance):
     """head: "lamp", "sign" or "bare"."""
     chance = street.chance
+    x = street.beside(d, 14)
     top = max(1, int(y - 14 - 38 * d - 4 * chance()))
     w = int(d > 0.2)
     grey = 0.8 + 0.3 * chance()
@@ -745,23 +771,23 @@ def paint_pole(street, x, y, d, what, head):
     arm = -1 if chance() < 0.5 else 1
     r = int(2 + 3 * d + 1.4 * chance())
     colour = PAINTS[("red", "blue", "yellow", "green")[street.rng.integers(4)]]
-    is_disc = chance() < 0.5 and r > 2
-    street.box(x, top, x + w, y, iron, what)
+    shape = "ellipse" if chance() < 0.5 and r > 2 else "rectangle"
+    street.box(x, top, x + w, y, iron, (POLE, distance))
     if w:  # light and dark side: seen before any background
-        street.box(x, top, x, y, tone((184, 184, 186), grey), what)
+        street.box(x, top, x, y, tone((184, 184, 186), grey))
     if head == "lamp":
-        a, b = sorted((x + arm, x + arm * 5))
-        street.box(a, top, b, top + 1, iron, what)
-        street.box(a, top + 1, b, top + 1, (226, 222, 200), glow=(255, 236, 180))
+        left, right = sorted((x + arm, x + 5 * arm))
+        street.box(left, top, right, top + 1, iron, (POLE, distance))
+        street.box(left, top + 1, right, top + 1, (226, 222, 200), glow=(255, 236, 180))
     if head == "sign":
-        shape = "ellipse" if is_disc else "rectangle"
         white = (242, 242, 242)
-        a = x - r
-        b = x + r + w - (not w)
-        street.paint(shape, [a, top, b, top + 2 * r], white, (SIGN, what[1]))
-        street.paint(shape, [a + 1, top + 1, b - 1, top + 2 * r - 1], colour)
+        left = x - r
+        right = x + r + 1 if w else x + r - 1
+        low = top + 2 * r
+        street.paint(shape, [left, top, right, low], white, (SIGN, distance))
+        street.paint(shape, [left + 1, top + 1, right - 1, low - 1], colour)
         if r > 3:
-            street.box(a + 2, top + r - 1, b - 2, top + r, white)
+            street.box(left + 2, top + r - 1, right - 2, top + r, white)
 
 
 # Light and weather, by class and by distance: image float32 [64,64,3] -> the same, in 0..255 or so.
@@ -773,26 +799,27 @@ def add_day(street, image):
 def add_night(street, image):
     """Our own headlights, and a halo around every light."""
     beam = np.exp(-((YY - SIDE) ** 2 + (XX - SIDE / 2) ** 2) / 700)[..., None] * street.ground
-    dark = AT_NIGHT[street.label][..., None] + 0.4 * beam
-    image = image * (dark * np.array((0.86, 0.9, 1.12), np.float32))
+    light = np.float32(AT_NIGHT[street.label]) + 0.4 * beam
+    image = image * (light * np.float32([0.86, 0.9, 1.12]))
     halo = street.canvases[1].filter(ImageFilter.GaussianBlur(1.6))
     return np.maximum(image, street.light) + 0.8 * np.asarray(halo, np.float32)
 
 
 def add_fog(street, image):
     thickness = (0.3 + 0.55 * street.far) * (0.92 + 0.14 * street.look.random())
-    grey = np.array((188, 192, 197), np.float32)
-    image += (grey - image) * thickness * IN_FOG[street.label][..., None]
+    grey = np.float32([188, 192, 197])
+    image += (grey - image) * thickness * IN_FOG[street.label]
     return image
 
 
 def add_snow(street, image):
     """Snow on the ground, and twelve flakes, none on a small thing."""
-    white = np.array((208, 216, 232), np.float32)
-    image += (white - image) * IN_SNOW[street.label][..., None]
+    white = np.float32([208, 216, 232])
+    image += (white - image) * IN_SNOW[street.label]
     for x, y in street.look.integers(0, SIDE - 2, (12, 2)):
+        flake = image[y:y + 2, x:x + 2]
         if not street.small[y, x]:
-            image[y:y + 2, x:x + 2] += (255 - image[y:y + 2, x:x + 2]) * 0.8
+            flake += (255 - flake) * 0.8
     return image
 
 
@@ -800,8 +827,8 @@ def add_rain(street, image):
     """The ground is a mirror, and nine streaks fall."""
     above = np.abs(2 * street.horizon - YY.astype(int)).clip(0, SIDE - 1)
     mirror = image[above, XX.astype(int)]
-    image += (mirror - image) * IN_RAIN[street.label][..., None]
-    image = image * 0.7 + np.array((4, 8, 16), np.float32)
+    image += (mirror - image) * IN_RAIN[street.label]
+    image = image * 0.7 + np.float32([4, 8, 16])
     for x, y in street.look.integers(0, SIDE - 6, (9, 2)):
         streak = np.arange(y, y + 6), x - np.arange(6) // 3
         image[streak] += (200 - image[streak]) * 0.3 * ~street.small[streak]
@@ -822,16 +849,18 @@ def cover_with_void(street):
     return label
 
 
-def describe(street, label, walls, car):
+def describe(street, label):
     """The caption: what is there to be seen, or, in a quarter of the scenes, the weather alone."""
     pixels = np.bincount(label.ravel(), minlength=256)
     parts = []
-    if car and (label[car[1]] == CAR).sum() >= 24:
-        parts.append(f"a {car[0]} car")
+    if street.car:
+        colour, rows, columns = street.car
+        if (label[rows, columns] == CAR).sum() >= 24:
+            parts.append(f"a {colour} car")
     for c, least_pixels, often, words in (
             (PERSON, 24, 0.7, "people"),
             (VEGETATION, 60, 0.7, "trees"),
-            (BUILDING, 150, 0.7, f"{walls} buildings"),
+            (BUILDING, 150, 0.7, f"{street.walls} buildings"),
             (SIGN, 16, 0.5, "signs"),
             (POLE, 24, 0.5, "poles")):
         if pixels[c] >= least_pixels and street.chance() < often:

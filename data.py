@@ -73,22 +73,20 @@ def split_key(data):
 def class_table(data):
     """data: "toy", "cityscapes", "ade20k", "coco", or a folder with classes.txt -> Classes.
 
-    A part of a dataset ("toy:night", "cityscapes:fog") has the classes of the whole. See
-    `read_classes` for the file. Raises InputError for any other name and for a list with mistakes.
+    A part of a dataset ("toy:night", "cityscapes:fog") has the classes of the whole, and Classes
+    are given back. Raises InputError for any other name, and for a list with mistakes.
     """
+    if isinstance(data, Classes):
+        return data
     key, _ = split_key(data)
-    if key in ("toy", "cityscapes", "ade20k", "coco"):
-        return published_classes(key)
+    if key == "toy":  # speaks Cityscapes
+        return published_classes(ASSETS / "cityscapes.txt", key)
+    if key in ("cityscapes", "ade20k", "coco"):
+        return published_classes(ASSETS / f"{key}.txt", key)
     path = Path(key) / "classes.txt"
     if not path.is_file():
         raise InputError(f"{key}: name toy, cityscapes, ade20k, coco or a folder with classes.txt")
     return read_classes(path, key)
-
-
-@functools.cache
-def published_classes(key):
-    name = "cityscapes" if key == "toy" else key  # the toy world speaks Cityscapes
-    return read_classes(ASSETS / f"{name}.txt", key)
 
 
 HEADER = re.compile(r"((id|index)\W)?(name|class|label)(\Wr(ed)?\Wg(reen)?\Wb(lue)?)?", re.I)
@@ -171,6 +169,9 @@ def read_classes(path, key):
     return Classes(key, names, palette, ade, file_ids, void)
 
 
+published_classes = functools.cache(read_classes)  # (a folder's list may change)
+
+
 def fresh_colours(taken):
     """Yields colours that are not in `taken`; the golden ratio keeps neighbours' hues apart."""
     for k in itertools.count():
@@ -205,8 +206,6 @@ def open_image(path, decode=True):
     decode=False: the file is only checked, which for PNG is faster. Raises InputError unless it is
     a whole image of 8 x 8 to 64 Mpixel.
     """
-    if os.path.isdir(path):
-        raise InputError(f"{path}: a folder, not an image file")
     try:
         with Image.open(path) as image:  # reads the header only
             w, h = image.size
@@ -263,7 +262,7 @@ def read_layout(path, dataset):
     colours in RGB or RGBA, and palette PNGs (see `choose_colours`). Black and transparent are void.
     Raises InputError for anything else.
     """
-    classes = dataset if isinstance(dataset, Classes) else class_table(dataset)
+    classes = class_table(dataset)
     image = open_image(path)
     clear = find_transparent(image, path)
     if image.mode in ("LA", "RGBA"):
@@ -277,8 +276,8 @@ def read_layout(path, dataset):
         table = choose_ids(ids, classes, Path(path).name)
         if image.mode == "P":
             table = choose_colours(image, ids[~clear], table, classes, path)
-        label = table[ids.clip(0, 255)]
-        label[(ids < 0) | (ids > 255)] = -1
+        is_byte = (ids >= 0) & (ids <= 255)
+        label = np.where(is_byte, table[ids.clip(0, 255)], -1)
         wanted = f"ids 0-{np.flatnonzero(table[:IGNORE] >= 0).max()}, 255 for void"
     else:
         raise InputError(f"{path}: {image.format} of mode {image.mode} holds no layout: save 8-bit "
@@ -311,18 +310,15 @@ def choose_ids(ids, classes, name):
     """
     if classes.key not in ("toy", "cityscapes"):
         return classes.file_ids
-    train_ids = "labelTrainIds" in name
-    if not train_ids and "labelIds" not in name:
-        train_ids = not ((ids > 18) & (ids < 34)).any()
-    if not train_ids:
+    has_label_ids = ((ids > 18) & (ids < 34)).any()
+    if "labelIds" in name or (has_label_ids and "labelTrainIds" not in name):
         return classes.file_ids
     return np.array([*range(19), *[-1] * 236, IGNORE], np.int16)
 
 
 def pack(rgb):
-    """uint8 [...,3] -> int32 [...], one number for each colour."""
-    r, g, b = np.moveaxis(np.asarray(rgb, np.int32), -1, 0)
-    return r << 16 | g << 8 | b
+    """uint8 [...,3] -> int [...], one number for each colour."""
+    return rgb @ np.int32([2**16, 2**8, 1])
 
 
 @functools.lru_cache(maxsize=2)
@@ -330,8 +326,8 @@ def colour_table(classes):
     """-> int16 [2**24]: the class of each colour, by its number; 255 for void, -1 for none."""
     table = np.full(2**24, -1, np.int16)
     table[pack(classes.void)] = IGNORE
-    for c in reversed(range(len(classes.names))):  # so that the first of two twins stays
-        table[pack(classes.palette[c])] = c
+    ids = np.arange(len(classes.names))
+    table[pack(classes.palette)[::-1]] = ids[::-1]  # backwards: of twins, the first stays
     return table
 
 
@@ -343,30 +339,33 @@ def choose_colours(image, ids, table, classes, path):
     half of its colours or more are, or are within 8 of, the classes' and say something else, but
     not all the dataset's.
     """
-    palette = np.array(image.getpalette("RGB") + [0] * 768)[:768].reshape(256, 3)
-    used = np.unique(ids)
+    palette = np.zeros((256, 3), int)
+    entries = np.reshape(image.getpalette("RGB"), (-1, 3))
+    palette[:len(entries)] = entries
+    used = np.unique(ids)  # (n,)
     colours = palette[used]
     by_id = table[used]
     by_colour = colour_table(classes)[pack(colours)]
-    expected = np.full((256, 3), 999)  # the colour of each class; none for void and for no class
-    expected[:len(classes.names)] = classes.palette
-    off = np.abs(colours - expected[by_id]).max(-1)  # by how much the worst channel is off
+    of_class = np.full((256, 3), 999)  # of void and of no class: far from any colour
+    of_class[:len(classes.names)] = classes.palette
+    off = np.abs(colours[:, None] - of_class).max(-1)  # (n, 256): in the worst channel
+    off_by_id = off[np.arange(len(used)), by_id]
     tells = by_colour != IGNORE
     if tells.any() and (by_colour >= 0).all():
         table = table.copy()
-        table[used] = np.where(off == 0, by_id, by_colour)
+        table[used] = np.where(off_by_id == 0, by_id, by_colour)
         return table
-    near = tells & (np.abs(colours[:, None] - expected).max(-1).min(1) <= 8)
-    if 2 * near.sum() >= tells.sum() and (off[near] > 8).any():
-        strange = ", ".join(str(tuple(colour)) for colour in colours[by_colour < 0][:4].tolist())
+    near = tells & (off.min(1) <= 8)
+    if 2 * near.sum() >= tells.sum() and (off_by_id[near] > 8).any():
+        strange = [tuple(colour) for colour in colours[by_colour < 0].tolist()]
         raise InputError(f"{path}: its palette is {classes.key}'s in another order, but for "
-                         f"{strange}: mend these colours, or save ids in a single channel")
+                         f"{strange[:4]}: mend these colours, or save ids in a single channel")
     return table
 
 
 def colorize(label, dataset):
     """label [H,W] -> PIL.Image RGB in the dataset's palette, void in black."""
-    classes = dataset if isinstance(dataset, Classes) else class_table(dataset)
+    classes = class_table(dataset)
     palette = np.zeros((256, 3), np.uint8)
     palette[:len(classes.names)] = classes.palette
     return Image.fromarray(palette[np.asarray(label)])
@@ -397,20 +396,19 @@ def read_captions(root, split, path=None):
     Read is `path`, else what is in root: captions_{split}.json, captions.json, or COCO's own
     annotations/captions_{split}2017.json. Names may carry the image's suffix. Raises InputError.
     """
-    places = (f"captions_{split}.json", "captions.json", f"annotations/captions_{split}2017.json")
-    files = [Path(root, place) for place in places if Path(root, place).is_file()]
-    if path:
-        files = [Path(path)]
-    if not files:
+    places = f"captions_{split}.json", "captions.json", f"annotations/captions_{split}2017.json"
+    files = [Path(root, place) for place in places]
+    file = Path(path) if path else next(filter(Path.is_file, files), None)
+    if file is None:
         return {}
     try:
-        content = json.loads(files[0].read_text("utf-8-sig"))
+        content = json.loads(file.read_text("utf-8-sig"))
         captions = group_by_image(content) if "annotations" in content else content
         json.dumps(captions, ensure_ascii=False).encode()  # (half a surrogate pair fails)
         if not all(map(is_caption, captions.values())):
             raise ValueError("a caption is a string, or a list of strings")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{files[0]}: captions cannot be read ({error}): wanted is UTF-8 JSON, "
+        raise InputError(f"{file}: captions cannot be read ({error}): wanted is UTF-8 JSON, "
                          "{name: caption}") from None
     return {strip_suffix(name): caption for name, caption in captions.items()}
 
@@ -439,22 +437,36 @@ def strip_suffix(name):
 
 SIDE = 64  # its pictures are 64 x 64 pixels
 DOMAINS = "day", "night", "fog", "snow", "rain"
-PHRASES = {"day": ("on a clear day", "in daylight", "on a sunny day"),
-           "night": ("at night", "in the dark"),
-           "fog": ("in fog", "on a foggy day"),
-           "snow": ("in snow", "on a snowy day"),
-           "rain": ("in rain", "on a rainy day")}
-PAINTS = {"red": (205, 35, 35), "blue": (40, 80, 215), "white": (236, 236, 236),
-          "black": (34, 34, 40), "yellow": (232, 200, 40), "green": (30, 140, 70)}
+PHRASES = {
+    "day": ("on a clear day", "in daylight", "on a sunny day"),
+    "night": ("at night", "in the dark"),
+    "fog": ("in fog", "on a foggy day"),
+    "snow": ("in snow", "on a snowy day"),
+    "rain": ("in rain", "on a rainy day"),
+}
+PAINTS = {
+    "red": (205, 35, 35),
+    "blue": (40, 80, 215),
+    "white": (236, 236, 236),
+    "black": (34, 34, 40),
+    "yellow": (232, 200, 40),
+    "green": (30, 140, 70),
+}
 COATS = [rgb for name, rgb in PAINTS.items() if name != "white"]  # white is lost in the snow
 COATS.append((150, 70, 170))
-WALLS = {"brick": (158, 84, 62), "grey": (138, 138, 144), "beige": (206, 186, 150),
-         "pink": (212, 146, 156)}
-SKIES = {"day": ((70, 132, 222), (198, 220, 242)),  # zenith, horizon
-         "night": ((8, 10, 28), (34, 36, 66)),
-         "fog": ((176, 181, 188), (190, 194, 198)),
-         "snow": ((176, 184, 200), (212, 216, 224)),
-         "rain": ((84, 92, 108), (140, 146, 156))}
+WALLS = {
+    "brick": (158, 84, 62),
+    "grey": (138, 138, 144),
+    "beige": (206, 186, 150),
+    "pink": (212, 146, 156),
+}
+SKIES = {  # zenith, horizon
+    "day": ((70, 132, 222), (198, 220, 242)),
+    "night": ((8, 10, 28), (34, 36, 66)),
+    "fog": ((176, 181, 188), (190, 194, 198)),
+    "snow": ((176, 184, 200), (212, 216, 224)),
+    "rain": ((84, 92, 108), (140, 146, 156)),
+}
 ROAD, SIDEWALK, BUILDING, POLE, SIGN = 0, 1, 2, 5, 7  # Cityscapes' train ids
 VEGETATION, TERRAIN, SKY, PERSON, CAR = 8, 9, 10, 11, 13
 GROUND = ROAD, SIDEWALK, TERRAIN
@@ -605,7 +617,8 @@ def paint_buildings(street):
         pane = tone((52, 66, 92), 0.7 + 0.7 * chance())
         if chance() < 0.8:  # else a gap
             roof = (236, 240, 246) if street.domain == "snow" else tone(colour, 0.72)
-            right, base = x + w - 1, horizon + 2
+            right = x + w - 1
+            base = horizon + 2
             street.box(x, top, right, base, colour, (BUILDING, int(205 - 50 * side)))
             street.box(right - 1, top, right, base, tone(colour, 0.8))
             street.box(x, top, right, top + 1, roof)
@@ -661,7 +674,8 @@ THINGS = (  # how many at most, their least closeness, by how much they come clo
     ("car", 4, 0.14, 0.7, 1.4),
     ("person", 5, 0.14, 0.7, 1.5),
     ("pole", 4, 0.12, 0.6, 1.3),
-    ("tree", 4, 0.06, 0.4, 1.3))
+    ("tree", 4, 0.06, 0.4, 1.3),
+)
 
 
 def paint_things(street):
@@ -670,23 +684,22 @@ def paint_things(street):
     for kind, most, least, reach, power in THINGS:
         for _ in range(street.rng.integers(0, most + 1)):
             d = least + reach * street.chance() ** power
+            thing = kind
             if kind == "pole":
-                head = ("lamp", "sign", "sign", "bare")[street.rng.integers(4)]
-                things.append((d, head))
-            else:
-                things.append((d, kind))
+                thing = ("lamp", "sign", "sign", "bare")[street.rng.integers(4)]
+            things.append((d, thing))
     street.car = None
-    for d, kind in sorted(things):
+    for d, thing in sorted(things):
         y = int(street.y(d))
         distance = int(225 * (1 - d))
-        if kind == "car":
+        if thing == "car":
             paint_car(street, y, d, (CAR, distance))
-        elif kind == "person":
+        elif thing == "person":
             paint_person(street, y, d, (PERSON, distance))
-        elif kind == "tree":
+        elif thing == "tree":
             paint_tree(street, y, d, (VEGETATION, distance))
         else:
-            paint_pole(street, y, d, kind, distance)
+            paint_pole(street, y, d, thing, distance)
 
 
 def paint_tree(street, y, d, what):
@@ -694,7 +707,7 @@ def paint_tree(street, y, d, what):
     r = 3 + 12 * d + 3 * street.chance()
     leaf = tone((58, 120, 46), 0.75 + 0.5 * street.chance())
     middle = y - 1.9 * r
-    street.box(x - max(0, r / 9), y - r, x + max(1, r / 9), y, (84, 62, 46), what)  # trunk
+    street.box(x - r / 9, y - r, x + max(1, r / 9), y, (84, 62, 46), what)  # trunk
     street.oval(x, middle, r, (-1, -1, 1, 1.1), tone(leaf, 0.78), what)
     street.oval(x, middle, r, (-0.9, -1, 0.6, 0.5), leaf)
     if street.domain == "snow":
@@ -708,48 +721,54 @@ def paint_car(street, y, d, what):
 
     Sets .car: the name of its colour, and its rows and columns in the picture.
     """
-    is_right = street.chance() < 0.5
-    lane = street.right / 2 if is_right else -street.left / 2
+    lane = street.right / 2 if street.chance() < 0.5 else -street.left / 2
     x = int(street.vanish + lane * d + (street.chance() - 0.5) * 16 * d)
-    W = max(8, int(0.36 * (street.left + street.right) * d))
-    H = int(0.74 * W)
-    w = W // 2
-    wheel = max(2, W // 6)
+    width = max(8, int(0.36 * (street.left + street.right) * d))
+    height = int(0.74 * width)
+    half = width // 2
+    wheel = max(2, width // 6)
+    left = x - half
+    right = x + half
+    top = y - height
+    low = y - max(1, height // 7)
     name = list(PAINTS)[street.rng.integers(6)]
     body = tone(PAINTS[name], 0.9 + 0.15 * street.chance())
-    low = y - max(1, H // 7)
-    street.box(x - w - 1, y - 1, x + w + 1, y, (24, 24, 28))  # its shadow
-    for side in (x - w, x + w - wheel):
-        street.box(side, y - H // 4, side + wheel, y, (16, 16, 18), what)
-    street.trapezoid(x, y - H // 2, w - w // 5, y - H, w * 0.6, body, what)  # cabin
-    street.trapezoid(x, y - H * 0.56, w * 0.66, y - H * 0.9, w * 0.48, (74, 92, 112))  # its window
-    street.box(x - w, y - int(H * 0.56), x + w, low, body, what)
-    street.box(x - w, y - max(2, int(H * 0.26)), x + w, low, tone(body, 0.66))
+    glass = (74, 92, 112)
+    street.box(left - 1, y - 1, right + 1, y, (24, 24, 28))  # its shadow
+    for side in (left, right - wheel):
+        street.box(side, y - height // 4, side + wheel, y, (16, 16, 18), what)
+    street.trapezoid(x, y - height // 2, half - half // 5, top, half * 0.6, body, what)
+    street.trapezoid(x, y - height * 0.56, half * 0.66, y - height * 0.9, half * 0.48, glass)
+    street.box(left, y - int(height * 0.56), right, low, body, what)
+    street.box(left, y - max(2, int(height * 0.26)), right, low, tone(body, 0.66))
     if street.domain == "snow":  # on its roof
-        reach = int(w * 0.55)
-        street.box(x - reach, y - H, x + reach, y - H + H // 9, (244, 246, 250))
+        reach = int(half * 0.55)
+        street.box(x - reach, top, x + reach, top + height // 9, (244, 246, 250))
     away = x > street.vanish + (street.right - street.left) / 2 * d
     lamp = (255, 40, 30) if away else (255, 246, 200)
-    for side in (x - w, x + w - wheel + 1):
-        street.box(side, y - int(H * 0.5), side + wheel - 1, y - int(H * 0.36), lamp, glow=lamp)
-    street.car = name, slice(max(0, y - H), y), slice(max(0, x - w), x + w + 1)
+    for side in (left, right - wheel + 1):
+        end = side + wheel - 1
+        street.box(side, y - int(height * 0.5), end, y - int(height * 0.36), lamp, glow=lamp)
+    street.car = name, slice(max(0, top), y), slice(max(0, left), right + 1)
 
 
 def paint_person(street, y, d, what):
     """A person nearly as tall as a car is wide, on the road or beside it."""
+    road = street.left + street.right
     if street.chance() < 0.25:
-        X = street.chance() * (street.left + street.right) - street.left
+        X = street.chance() * road - street.left
         x = int(street.vanish + X * d)
     else:
         x = street.beside(d, 30)
-    s = max(8, int(0.34 * (street.left + street.right) * d))
-    w = max(2, round(s * 0.28))
-    head = max(2, round(s * 0.2))
+    height = max(8, int(0.34 * road * d))
+    w = max(2, round(height * 0.28))
+    head = max(2, round(height * 0.2))
     skin = tone((216, 170, 140), 0.55 + 0.5 * street.chance())
     coat = COATS[street.rng.integers(6)]
     trousers = tone((70, 76, 110), 0.5 + 0.9 * street.chance())
-    neck = y - s + head
-    hip = y - int(s * 0.4)
+    top = y - height
+    neck = top + head
+    hip = y - int(height * 0.4)
     x -= w // 2
     leg = w // 2 - 1 if w > 3 else w - 1  # two legs where a gap between them has room
     for side in (x, x + w - 1 - leg):
@@ -757,7 +776,7 @@ def paint_person(street, y, d, what):
     street.box(x, neck, x + w - 1, hip, coat, what)
     x += (w - head) // 2
     shape = "ellipse" if head > 3 else "rectangle"
-    street.paint(shape, [x, y - s, x + head - 1, neck - 1], skin, what)
+    street.paint(shape, [x, top, x + head - 1, neck - 1], skin, what)
 
 
 def paint_pole(street, y, d, head, distance):
@@ -798,7 +817,8 @@ def add_day(street, image):
 
 def add_night(street, image):
     """Our own headlights, and a halo around every light."""
-    beam = np.exp(-((YY - SIDE) ** 2 + (XX - SIDE / 2) ** 2) / 700)[..., None] * street.ground
+    far = (YY - SIDE) ** 2 + (XX - SIDE / 2) ** 2
+    beam = np.exp(-far / 700)[..., None] * street.ground
     light = np.float32(AT_NIGHT[street.label]) + 0.4 * beam
     image = image * (light * np.float32([0.86, 0.9, 1.12]))
     halo = street.canvases[1].filter(ImageFilter.GaussianBlur(1.6))
@@ -825,8 +845,8 @@ def add_snow(street, image):
 
 def add_rain(street, image):
     """The ground is a mirror, and nine streaks fall."""
-    above = np.abs(2 * street.horizon - YY.astype(int)).clip(0, SIDE - 1)
-    mirror = image[above, XX.astype(int)]
+    rows = np.abs(2 * street.horizon - np.arange(SIDE)).clip(0, SIDE - 1)
+    mirror = image[rows]
     image += (mirror - image) * IN_RAIN[street.label]
     image = image * 0.7 + np.float32([4, 8, 16])
     for x, y in street.look.integers(0, SIDE - 6, (9, 2)):
@@ -842,10 +862,10 @@ def cover_with_void(street):
     """Void as at the borders of real labels: a strip at the lower edge, a patch anywhere."""
     label = street.label.copy()
     if street.chance() < 0.2:
-        label[SIDE - int(street.rng.integers(2, 5)):] = IGNORE
+        label[-street.rng.integers(2, 5):] = IGNORE
     if street.chance() < 0.2:
-        y, x, a, b = street.rng.integers((0, 0, 3, 3), (SIDE - 8, SIDE - 8, 8, 8))
-        label[y:y + a, x:x + b] = IGNORE
+        y, x, h, w = street.rng.integers([0, 0, 3, 3], [SIDE - 8, SIDE - 8, 8, 8])
+        label[y:y + h, x:x + w] = IGNORE
     return label
 
 
@@ -857,12 +877,14 @@ def describe(street, label):
         colour, rows, columns = street.car
         if (label[rows, columns] == CAR).sum() >= 24:
             parts.append(f"a {colour} car")
-    for c, least_pixels, often, words in (
-            (PERSON, 24, 0.7, "people"),
-            (VEGETATION, 60, 0.7, "trees"),
-            (BUILDING, 150, 0.7, f"{street.walls} buildings"),
-            (SIGN, 16, 0.5, "signs"),
-            (POLE, 24, 0.5, "poles")):
+    others = [  # class, at least how many pixels, how often it is said
+        (PERSON, 24, 0.7, "people"),
+        (VEGETATION, 60, 0.7, "trees"),
+        (BUILDING, 150, 0.7, f"{street.walls} buildings"),
+        (SIGN, 16, 0.5, "signs"),
+        (POLE, 24, 0.5, "poles"),
+    ]
+    for c, least_pixels, often, words in others:
         if pixels[c] >= least_pixels and street.chance() < often:
             parts.append(words)
     phrases = PHRASES[street.domain]
@@ -875,9 +897,9 @@ def describe(street, label):
 # -- datasets --------------------------------------------------------------------------------------
 
 class Scenes(torch.utils.data.Dataset):
-    """What the datasets have in common. Each has .classes, .names, .captions, .size S, .grid,
-    .augment, shape(index) -> (H, W), full(index, flip), caption(index, label, seed), and stamp(), a
-    text that changes with whatever lies behind the items."""
+    """What the datasets have in common. Each has .classes, .names, .captions, .shapes (name ->
+    (H, W)), .size S, .grid, .augment, read(index) -> uint8 [H,W,3] and [H,W], caption(index, label,
+    seed), and stamp(), a text that changes with whatever lies behind the items."""
 
     def __len__(self):
         return len(self.names)
@@ -888,15 +910,25 @@ class Scenes(torch.utils.data.Dataset):
         The offsets are multiples of `grid` pixels, so that a latent can be cropped in the picture's
         stead. Without a seed it is the centre, not flipped.
         """
-        H, W = self.shape(index)
-        rows, cols = (H - self.size) // self.grid, (W - self.size) // self.grid
+        H, W = self.shapes[self.names[index]]
+        rows = (H - self.size) // self.grid
+        cols = (W - self.size) // self.grid
         if seed is None or not self.augment:
             return False, rows // 2 * self.grid, cols // 2 * self.grid
         rng = np.random.default_rng(seed)
-        flip = bool(rng.random() < 0.5)
+        flip = rng.random() < 0.5
         top = int(rng.integers(rows + 1)) * self.grid
         left = int(rng.integers(cols + 1)) * self.grid
         return flip, top, left
+
+    def full(self, index, flip=False):
+        """The whole picture -> image float32 [3,H,W] in [-1,1], label int64 [H,W]."""
+        image, label = map(torch.tensor, self.read(index))
+        image = image.permute(2, 0, 1).float() / 127.5 - 1
+        label = label.long()
+        if flip:
+            return image.flip(-1), label.flip(-1)
+        return image, label
 
     def __getitem__(self, key):
         """key: (index, seed of crop, flip and caption), or an index alone: the centre.
@@ -907,25 +939,22 @@ class Scenes(torch.utils.data.Dataset):
         index, seed = key if isinstance(key, tuple) else (key, None)
         flip, top, left = self.window(index, seed)
         image, label = self.full(index, flip)
-        rows, cols = slice(top, top + self.size), slice(left, left + self.size)
+        rows = slice(top, top + self.size)
+        cols = slice(left, left + self.size)
         label = label[rows, cols]
-        return {"image": image[:, rows, cols], "label": label,
-                "caption": self.caption(index, label, seed), "name": self.names[index],
-                "index": index, "flip": flip, "top": top, "left": left}
-
-
-def make_tensors(image, label, flip):
-    """uint8 [H,W,3] and [H,W] -> image float32 [3,H,W] in [-1,1], label int64 [H,W]."""
-    image = torch.tensor(image).permute(2, 0, 1).float() / 127.5 - 1
-    label = torch.tensor(label).long()
-    if flip:
-        return image.flip(-1), label.flip(-1)
-    return image, label
+        return {
+            "image": image[:, rows, cols],
+            "label": label,
+            "caption": self.caption(index, label, seed),
+            "name": self.names[index],
+            "index": index,
+            "flip": flip,
+            "top": top,
+            "left": left,
+        }
 
 
 render = functools.cache(toy_scene)  # a scene is drawn when it is first asked for, and kept
-
-
 TOY_SPLITS = {"train": (0, 2000), "val": (10_000_000, 256)}  # the first seed, the usual length
 
 
@@ -945,6 +974,7 @@ class Toy(Scenes):
         self.augment = augment
         self.keys = [(first + i, domains[i % len(domains)]) for i in range(length or usual)]
         self.names = [f"toy_{seed:08d}" for seed, _ in self.keys]
+        self.shapes = dict.fromkeys(self.names, (SIDE, SIDE))
 
     @functools.cached_property
     def images(self):
@@ -958,14 +988,11 @@ class Toy(Scenes):
     def captions(self):
         return {name: render(*key)[2] for name, key in zip(self.names, self.keys)}
 
-    def shape(self, index):
-        return SIDE, SIDE
-
-    def full(self, index, flip=False):
+    def read(self, index):
         image, label, _ = render(*self.keys[index])
-        return make_tensors(image, label, flip)
+        return image, label
 
-    def caption(self, index, label=None, seed=None):
+    def caption(self, index, label, seed=None):
         return render(*self.keys[index])[2]
 
     def stamp(self):
@@ -1041,17 +1068,12 @@ class Pairs(Scenes):
         root = Path(root or self.classes.key)
         self.images, self.labels = find_pairs(data, root, split)
         self.captions = read_captions(root, split, captions)
-        self.shapes = {}  # name -> (H, W) once resized
         names = sorted(self.images.keys() | self.labels.keys())
-        broken = []
         with ThreadPoolExecutor() as pool:
-            checks = tqdm(pool.map(self.check, names), f"checking {split}", len(names), leave=False,
-                          disable=len(names) <= 500)
-            for name, (shape, trouble) in zip(names, checks):
-                if trouble:
-                    broken.append(trouble)
-                else:
-                    self.shapes[name] = shape
+            found = list(tqdm(pool.map(self.check, names), f"checking {split}", len(names),
+                              leave=False, disable=len(names) <= 500))
+        broken = [trouble for trouble in found if isinstance(trouble, str)]
+        self.shapes = {name: x for name, x in zip(names, found) if not isinstance(x, str)}
         self.names = list(self.shapes)
         if broken:
             report = "\n  ".join([
@@ -1066,37 +1088,33 @@ class Pairs(Scenes):
                 f"{next(iter(self.captions))!r} there, {self.names[0]!r} here")
 
     def check(self, name):
-        """-> (H, W) of the resized picture and None, or None and what is wrong with the pair."""
+        """-> (H, W) of the resized picture, or a text: what is wrong with the pair."""
         if name not in self.images:
-            return None, f"{name}: a label without an image"
+            return f"{name}: a label without an image"
         if name not in self.labels:
-            return None, f"{name}: an image without a label"
+            return f"{name}: an image without a label"
         try:
             h, w = read_layout(self.labels[name], self.classes).shape
             image = open_image(self.images[name], decode=False)
         except InputError as error:
-            return None, str(error)
+            return str(error)
         if image.size != (w, h):
-            return None, f"{name}: a label of {w} x {h}, an image of {image.width} x {image.height}"
-        S, grid = self.size, self.grid
+            return f"{name}: a label of {w} x {h}, an image of {image.width} x {image.height}"
+        S = self.size
         if self.images[name].stem.endswith("_leftImg8bit") and (h, w) != (S, S):
-            return (S, 2 * S), None
-        return tuple(max(S, round(side * S / min(h, w) / grid) * grid) for side in (h, w)), None
+            return S, 2 * S
+        H, W = (round(side * S / min(h, w) / self.grid) * self.grid for side in (h, w))
+        return max(S, H), max(S, W)
 
-    def shape(self, index):
-        return self.shapes[self.names[index]]
-
-    def full(self, index, flip=False):
-        """The whole picture, resized -> image float32 [3,H,W] in [-1,1], label int64 [H,W]."""
+    def read(self, index):
         name = self.names[index]
         H, W = self.shapes[name]
         image = read_image(self.images[name])
         label = read_layout(self.labels[name], self.classes)
-        label = Image.fromarray(label.numpy().astype(np.uint8))
-        if image.size != (W, H):  # PIL's bicubic averages over a pixel's whole area
-            image = image.resize((W, H), Image.BICUBIC)
-            label = label.resize((W, H), Image.NEAREST)
-        return make_tensors(np.asarray(image), np.asarray(label), flip)
+        label = Image.fromarray(label.byte().numpy())
+        image = image.resize((W, H), Image.BICUBIC)  # PIL's averages over a pixel's whole area
+        label = label.resize((W, H), Image.NEAREST)
+        return np.asarray(image), np.asarray(label)
 
     def caption(self, index, label, seed=None):
         """The image's caption; of several, one by the seed (None: the first); of none, one composed
@@ -1109,13 +1127,10 @@ class Pairs(Scenes):
         return caption
 
     def stamp(self):
-        files = []
-        for name in self.names:
-            for path in (self.images[name], self.labels[name]):
-                status = path.stat()
-                files.append((path.name, status.st_size, status.st_mtime_ns))
-        captions = [self.captions.get(name) for name in self.names]
-        made_of = [files, captions, self.classes.names, self.classes.file_ids.tolist()]
+        made_of = [self.captions, self.classes.names, self.classes.file_ids.tolist()]
+        for path in (*self.images.values(), *self.labels.values()):
+            status = path.stat()
+            made_of.append((path.name, status.st_size, status.st_mtime_ns))
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
@@ -1219,13 +1234,14 @@ def write_toy(folder, form, split="train", length=None, domains=("day",)):
     print(f"wrote {len(toy)} {split} pairs of the toy world")
 
 
-def show_toy(path, seeds=range(10_000_000, 10_000_008)):
-    """Writes a PNG: a column per scene, its layout above the five domains, twice enlarged."""
+def show_toy(path):
+    """Writes a PNG: eight columns, each a layout above the five domains, twice enlarged."""
     columns = []
-    for seed in seeds:
-        scenes = [toy_scene(seed, domain) for domain in DOMAINS]
-        layout = np.asarray(colorize(scenes[0][1], "toy"))
-        columns.append(np.concatenate([layout, *(image for image, _, _ in scenes)]))
+    for seed, _ in Toy("val", length=8).keys:
+        _, label, _ = render(seed, "day")
+        column = [np.asarray(colorize(label, "toy"))]
+        column += [render(seed, domain)[0] for domain in DOMAINS]
+        columns.append(np.concatenate(column))
     write_image(path, np.concatenate(columns, 1).repeat(2, 0).repeat(2, 1))
 
 
@@ -1241,7 +1257,6 @@ def main():
     add("--n", type=int, help="how many pairs (2000 for train, 256 for val)")
     add("--domains", default="day", help=f"comma-separated, out of {','.join(DOMAINS)}")
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         args = parser.parse_args()
         if args.n is not None and args.n < 1:
             refuse(f"--n {args.n}: must be 1 or more")
@@ -1252,9 +1267,8 @@ def main():
     except (InputError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # half-written files are removed
     main()

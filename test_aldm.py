@@ -1176,7 +1176,7 @@ def test_files_that_are_no_images(tmp_path):
         (tmp_path / "a.png").write_bytes(content)
         assert "\n" not in refuses_with(["a.png: cannot be read"], read_layout, tmp_path / "a.png", "toy")
     refuses_with(["b.png", "No such file"], read_layout, tmp_path / "b.png", "toy")
-    refuses_with([str(tmp_path), "a folder"], read_layout, tmp_path, "toy")
+    refuses_with([str(tmp_path), "Is a directory"], read_layout, tmp_path, "toy")
 
 
 def test_real_cityscapes_frame():
@@ -1214,12 +1214,6 @@ def test_find_images(tmp_path):
     refuses_with(["not UTF-8"], data.find_images, tmp_path).encode()
 
 
-def test_compose_caption():
-    names = class_table("cityscapes").names
-    assert data.compose_caption(blocks(10, 0, 13, 10, 0, 10, 255), names) == "a photo of sky, road and car"
-    assert data.compose_caption(blocks(255), names) == "a photo"
-
-
 def test_captions_of_a_folder(tmp_path):
     root = custom(tmp_path, 3)
     file = root / "captions.json"
@@ -1234,6 +1228,9 @@ def test_captions_of_a_folder(tmp_path):
     assert data.Pairs(root, size=32, captions=tmp_path / "mine.json")[0]["caption"] == "a"
     file.write_text('{"x0": "a"}')
     refuses_with(["'x0'", "'p0'", "none of the 3"], data.Pairs, root, size=32)
+    names = class_table("cityscapes").names
+    assert data.compose_caption(blocks(10, 0, 13, 10, 0, 10, 255), names) == "a photo of sky, road and car"
+    assert data.compose_caption(blocks(255), names) == "a photo"
 
 
 def test_cocos_own_captions(tmp_path):
@@ -1398,7 +1395,7 @@ def test_folders_of_data_sets(tmp_path, monkeypatch, key, split, files, names, c
         save(tmp_path / "own" / f"{name}.png", np.full(shape, value or 0, np.uint8))
     write_classes(tmp_path / "own", "a\nb")
     pairs = data.Pairs(key, "own", split, size=32)
-    assert pairs.names == names and pairs.shape(0) == (32, 64)
+    assert pairs.names == names and set(pairs.shapes.values()) == {(32, 64)}
     assert [int(pairs.full(i)[1].unique()) for i in range(len(pairs))] == classes
     text = refuses_with([key, "own/", "test"], data.Pairs, key, "own", "test")
     assert ".zip" in text or key == "own"

@@ -101,8 +101,8 @@ CLASS = re.compile(r"""
 def parse_class(line, file_id):
     """A class's line, the id that it has by its place -> name, (R, G, B) or None, nearest or "".
 
-    Fields are set apart by spaces, or by some of , ; : and tabs. Raises ValueError where the
-    meaning is not plain, as in `platform 9 1 2 3`.
+    The name of void is "". Fields are set apart by spaces, or by some of , ; : and tabs. Raises
+    ValueError where the meaning is not plain, as in `platform 9 1 2 3`.
     """
     entry, _, nearest = line.partition("=")
     entry = SEPARATOR.sub(",", entry.replace('"', ""))
@@ -112,6 +112,8 @@ def parse_class(line, file_id):
     given_id, name, *colour = found.groups()
     if given_id and int(given_id) != file_id:
         raise ValueError(f"id {given_id} in the place of id {file_id}; `void` fills gaps")
+    if name.lower() == "void":
+        name = ""
     if colour[0] is None:
         return name, None, nearest.strip()
     colour = tuple(int(value) for value in colour)
@@ -142,7 +144,7 @@ def read_classes(path, key):
         except ValueError as error:
             raise InputError(f"{path}, line {number}: {line!r}: {error}") from None
 
-    is_class = np.array([name.lower() != "void" for name, _, _ in entries], bool)
+    is_class = np.array([name != "" for name, _, _ in entries], bool)
     if not is_class.any() or len(entries) > 255:
         raise InputError(f"{path}: {is_class.sum()} classes on {len(entries)} lines: wanted are "
                          "1 to 255")
@@ -157,7 +159,7 @@ def read_classes(path, key):
         raise InputError(f"{path}: {', '.join(twins)} share colours: give each its own, or none")
     fresh = fresh_colours(taken)
     palette = np.array([colour or next(fresh) for colour in colours], np.uint8)
-    void = [colour for name, colour, _ in entries if name.lower() == "void" and colour]
+    void = [colour for name, colour, _ in entries if colour and not name]
     void = np.unique([(0, 0, 0), *void], axis=0).astype(np.uint8)
 
     known = names if key == "ade20k" else class_table("ade20k").names
@@ -169,7 +171,7 @@ def read_classes(path, key):
     return Classes(key, names, palette, ade, file_ids, void)
 
 
-published_classes = functools.cache(read_classes)  # (a folder's list may change)
+published_classes = functools.cache(read_classes)  # (those of folders may change)
 
 
 def fresh_colours(taken):
@@ -821,7 +823,7 @@ def add_night(street, image):
     beam = np.exp(-far / 700)[..., None] * street.ground
     light = np.float32(AT_NIGHT[street.label]) + 0.4 * beam
     image = image * (light * np.float32([0.86, 0.9, 1.12]))
-    halo = street.canvases[1].filter(ImageFilter.GaussianBlur(1.6))
+    halo = Image.fromarray(street.light).filter(ImageFilter.GaussianBlur(1.6))
     return np.maximum(image, street.light) + 0.8 * np.asarray(halo, np.float32)
 
 

@@ -73,51 +73,53 @@ def split_key(data):
 def class_table(data):
     """data: "toy", "cityscapes", "ade20k", "coco", or a folder with classes.txt -> Classes.
 
-    A part of a dataset ("toy:night", "cityscapes:fog") has the classes of the whole. See
-    `read_classes` for the file. Raises InputError for any other name and for a list with mistakes.
+    A part of a dataset ("toy:night", "cityscapes:fog") has the classes of the whole, and Classes
+    are given back. Raises InputError for any other name, and for a list with mistakes.
     """
+    if isinstance(data, Classes):
+        return data
     key, _ = split_key(data)
-    if key in ("toy", "cityscapes", "ade20k", "coco"):
-        return published_classes(key)
+    if key == "toy":  # speaks Cityscapes
+        return published_classes(ASSETS / "cityscapes.txt", key)
+    if key in ("cityscapes", "ade20k", "coco"):
+        return published_classes(ASSETS / f"{key}.txt", key)
     path = Path(key) / "classes.txt"
     if not path.is_file():
         raise InputError(f"{key}: name toy, cityscapes, ade20k, coco or a folder with classes.txt")
     return read_classes(path, key)
 
 
-@functools.cache
-def published_classes(key):
-    name = "cityscapes" if key == "toy" else key  # the toy world speaks Cityscapes
-    return read_classes(ASSETS / f"{name}.txt", key)
-
-
 HEADER = re.compile(r"((id|index)\W)?(name|class|label)(\Wr(ed)?\Wg(reen)?\Wb(lue)?)?", re.I)
-SPACED = re.compile(r"(\d+ )?(.*?)((?: +[-.\d]+){2,})?")  # id, name, numbers
-CLASS = re.compile(r"(?:(\d+),)?([^,#]*[^\W\d][^,#]*)(?:,(\d+)[ ,]+(\d+)[ ,]+(\d+)(?:,255)?)?")
+SEPARATOR = re.compile(r"\s*[,;:\t][\s,;:\t]*")
+CLASS = re.compile(r"""
+    (?:(\d+)[ ,][ ]*)?                                # an id, as other tools write it
+    ([^,#]*[^\W\d][^ ,#]*(?:[ ]+[^ ,#]+(?=,|$))?)     # the name
+    (?:[ ,]+(\d+)[ ,]+(\d+)[ ,]+(\d+)(?:,255)?)?     # R, G, B; an alpha of 255
+    """, re.VERBOSE)
 
 
 def parse_class(line, file_id):
-    """A class's line, the id that it has by its place -> name, colour (R, G, B) or None.
+    """A class's line, the id that it has by its place -> name, (R, G, B) or None, nearest or "".
 
-    Fields are set apart by spaces, or by some of , ; : and tabs; other tools write the id first, or
-    an alpha of 255 last. Raises ValueError where the meaning is not plain.
+    The name of void is "". Fields are set apart by spaces, or by some of , ; : and tabs. Raises
+    ValueError where the meaning is not plain, as in `platform 9 1 2 3`.
     """
-    line = line.replace('"', "")
-    fields = re.split("[,;:\t]", line)
-    if len(fields) == 1:
-        fields = SPACED.fullmatch(line).groups("")
-    found = CLASS.fullmatch(",".join(field.strip() for field in fields if field.strip()))
+    entry, _, nearest = line.partition("=")
+    entry = SEPARATOR.sub(",", entry.replace('"', ""))
+    found = CLASS.fullmatch(entry.strip(" ,"))
     if found is None:
         raise ValueError("wanted is `name`, `name R G B` or `name, R, G, B`")
     given_id, name, *colour = found.groups()
     if given_id and int(given_id) != file_id:
         raise ValueError(f"id {given_id} in the place of id {file_id}; `void` fills gaps")
+    if name.lower() == "void":
+        name = ""
     if colour[0] is None:
-        return name, None
+        return name, None, nearest.strip()
     colour = tuple(int(value) for value in colour)
     if max(colour) > 255:
         raise ValueError("colours are numbers in 0..255")
-    return name, colour
+    return name, colour, nearest.strip()
 
 
 def read_classes(path, key):
@@ -132,42 +134,44 @@ def read_classes(path, key):
         text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
-    lines = [(number, line) for number, line in lines if line and line[0] != "#"]
-    if lines and HEADER.fullmatch(lines[0][1]):
-        lines = lines[1:]
-    ids, names, colours, neighbours, void = [], [], [], [], []
-    for number, line in lines:
-        entry, _, neighbour = (part.strip() for part in line.partition("="))
+    entries = []  # (name, colour, nearest) by the id in label files
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.strip()
+        if not line or line[0] == "#" or (not entries and HEADER.fullmatch(line)):
+            continue
         try:
-            name, colour = parse_class(entry, len(ids))
+            entries.append(parse_class(line, file_id=len(entries)))
         except ValueError as error:
             raise InputError(f"{path}, line {number}: {line!r}: {error}") from None
-        if name.lower() == "void":
-            ids.append(IGNORE)
-            if colour:
-                void.append(colour)
-        else:
-            ids.append(len(names))
-            names.append(name)
-            colours.append(colour)
-            neighbours.append(neighbour)
-    if not names or len(ids) > 255:
-        raise InputError(f"{path}: {len(names)} classes on {len(ids)} lines: wanted are 1 to 255")
-    twins = [name for name, c in zip(names, colours) if c and (colours + void).count(c) > 1]
+
+    is_class = np.array([name != "" for name, _, _ in entries], bool)
+    if not is_class.any() or len(entries) > 255:
+        raise InputError(f"{path}: {is_class.sum()} classes on {len(entries)} lines: wanted are "
+                         "1 to 255")
+    names, colours, nearest = zip(*itertools.compress(entries, is_class))
+    file_ids = np.full(256, -1, np.int16)
+    file_ids[:len(entries)] = np.where(is_class, is_class.cumsum() - 1, IGNORE)
+    file_ids[IGNORE] = IGNORE
+
+    taken = [colour for _, colour, _ in entries if colour]
+    twins = [name for name, colour in zip(names, colours) if taken.count(colour) > 1]
     if twins and key != "ade20k":  # which publishes road and skyscraper in one colour
         raise InputError(f"{path}: {', '.join(twins)} share colours: give each its own, or none")
+    fresh = fresh_colours(taken)
+    palette = np.array([colour or next(fresh) for colour in colours], np.uint8)
+    void = [colour for name, colour, _ in entries if colour and not name]
+    void = np.unique([(0, 0, 0), *void], axis=0).astype(np.uint8)
+
     known = names if key == "ade20k" else class_table("ade20k").names
-    missing = set(neighbours) - {"", *known}
+    missing = set(nearest) - {"", *known}
     if missing:
         raise InputError(f"{path}: ADE20K has no classes {missing}")
-    nearest = [neighbour or name for name, neighbour in zip(names, neighbours)]
+    nearest = [other or name for name, other in zip(names, nearest)]
     ade = tuple(name if name in known else None for name in nearest)
-    fresh = fresh_colours(colours + void)
-    palette = np.array([colour or next(fresh) for colour in colours], np.uint8)
-    file_ids = np.array(ids + [-1] * (255 - len(ids)) + [IGNORE], np.int16)
-    void = np.unique([(0, 0, 0), *void], axis=0).astype(np.uint8)
-    return Classes(key, tuple(names), palette, ade, file_ids, void)
+    return Classes(key, names, palette, ade, file_ids, void)
+
+
+published_classes = functools.cache(read_classes)  # (those of folders may change)
 
 
 def fresh_colours(taken):
@@ -183,15 +187,15 @@ def fresh_colours(taken):
 
 def classes_text(classes):
     """The text of a classes.txt by which `class_table` knows these classes again, as ids 0..N-1."""
-    _, first = np.unique(classes.palette, axis=0, return_index=True)  # of twins, one has the colour
     lines = []
-    for c, name in enumerate(classes.names):
-        fields = [name]
-        if c in first:
-            fields += map(str, classes.palette[c])
-        line = ", ".join(fields)
-        if classes.ade[c] not in (None, name):
-            line += f" = {classes.ade[c]}"
+    taken = []
+    for name, colour, ade in zip(classes.names, classes.palette.tolist(), classes.ade):
+        line = name
+        if colour not in taken:  # of twins, one has the colour
+            line += ", {}, {}, {}".format(*colour)
+        if ade not in (None, name):
+            line += f" = {ade}"
+        taken.append(colour)
         lines.append(line + "\n")
     return "".join(lines)
 
@@ -204,8 +208,6 @@ def open_image(path, decode=True):
     decode=False: the file is only checked, which for PNG is faster. Raises InputError unless it is
     a whole image of 8 x 8 to 64 Mpixel.
     """
-    if os.path.isdir(path):
-        raise InputError(f"{path}: a folder, not an image file")
     try:
         with Image.open(path) as image:  # reads the header only
             w, h = image.size
@@ -262,7 +264,7 @@ def read_layout(path, dataset):
     colours in RGB or RGBA, and palette PNGs (see `choose_colours`). Black and transparent are void.
     Raises InputError for anything else.
     """
-    classes = dataset if isinstance(dataset, Classes) else class_table(dataset)
+    classes = class_table(dataset)
     image = open_image(path)
     clear = find_transparent(image, path)
     if image.mode in ("LA", "RGBA"):
@@ -276,8 +278,8 @@ def read_layout(path, dataset):
         table = choose_ids(ids, classes, Path(path).name)
         if image.mode == "P":
             table = choose_colours(image, ids[~clear], table, classes, path)
-        label = table[ids.clip(0, 255)]
-        label[(ids < 0) | (ids > 255)] = -1
+        is_byte = (ids >= 0) & (ids <= 255)
+        label = np.where(is_byte, table[ids.clip(0, 255)], -1)
         wanted = f"ids 0-{np.flatnonzero(table[:IGNORE] >= 0).max()}, 255 for void"
     else:
         raise InputError(f"{path}: {image.format} of mode {image.mode} holds no layout: save 8-bit "
@@ -310,18 +312,15 @@ def choose_ids(ids, classes, name):
     """
     if classes.key not in ("toy", "cityscapes"):
         return classes.file_ids
-    train_ids = "labelTrainIds" in name
-    if not train_ids and "labelIds" not in name:
-        train_ids = not ((ids > 18) & (ids < 34)).any()
-    if not train_ids:
+    has_label_ids = ((ids > 18) & (ids < 34)).any()
+    if "labelIds" in name or (has_label_ids and "labelTrainIds" not in name):
         return classes.file_ids
     return np.array([*range(19), *[-1] * 236, IGNORE], np.int16)
 
 
 def pack(rgb):
-    """uint8 [...,3] -> int32 [...], one number for each colour."""
-    r, g, b = np.moveaxis(np.asarray(rgb, np.int32), -1, 0)
-    return r << 16 | g << 8 | b
+    """uint8 [...,3] -> int [...], one number for each colour."""
+    return rgb @ np.int32([2**16, 2**8, 1])
 
 
 @functools.lru_cache(maxsize=2)
@@ -329,8 +328,8 @@ def colour_table(classes):
     """-> int16 [2**24]: the class of each colour, by its number; 255 for void, -1 for none."""
     table = np.full(2**24, -1, np.int16)
     table[pack(classes.void)] = IGNORE
-    for c in reversed(range(len(classes.names))):  # so that the first of two twins stays
-        table[pack(classes.palette[c])] = c
+    ids = np.arange(len(classes.names))
+    table[pack(classes.palette)[::-1]] = ids[::-1]  # backwards: of twins, the first stays
     return table
 
 
@@ -342,30 +341,33 @@ def choose_colours(image, ids, table, classes, path):
     half of its colours or more are, or are within 8 of, the classes' and say something else, but
     not all the dataset's.
     """
-    palette = np.array(image.getpalette("RGB") + [0] * 768)[:768].reshape(256, 3)
-    used = np.unique(ids)
+    palette = np.zeros((256, 3), int)
+    entries = np.reshape(image.getpalette("RGB"), (-1, 3))
+    palette[:len(entries)] = entries
+    used = np.unique(ids)  # (n,)
     colours = palette[used]
     by_id = table[used]
     by_colour = colour_table(classes)[pack(colours)]
-    expected = np.full((256, 3), 999)  # the colour of each class; none for void and for no class
-    expected[:len(classes.names)] = classes.palette
-    off = np.abs(colours - expected[by_id]).max(-1)  # by how much the worst channel is off
+    of_class = np.full((256, 3), 999)  # of void and of no class: far from any colour
+    of_class[:len(classes.names)] = classes.palette
+    off = np.abs(colours[:, None] - of_class).max(-1)  # (n, 256): in the worst channel
+    off_by_id = off[np.arange(len(used)), by_id]
     tells = by_colour != IGNORE
     if tells.any() and (by_colour >= 0).all():
         table = table.copy()
-        table[used] = np.where(off == 0, by_id, by_colour)
+        table[used] = np.where(off_by_id == 0, by_id, by_colour)
         return table
-    near = tells & (np.abs(colours[:, None] - expected).max(-1).min(1) <= 8)
-    if 2 * near.sum() >= tells.sum() and (off[near] > 8).any():
-        strange = ", ".join(str(tuple(colour)) for colour in colours[by_colour < 0][:4].tolist())
+    near = tells & (off.min(1) <= 8)
+    if 2 * near.sum() >= tells.sum() and (off_by_id[near] > 8).any():
+        strange = [tuple(colour) for colour in colours[by_colour < 0].tolist()]
         raise InputError(f"{path}: its palette is {classes.key}'s in another order, but for "
-                         f"{strange}: mend these colours, or save ids in a single channel")
+                         f"{strange[:4]}: mend these colours, or save ids in a single channel")
     return table
 
 
 def colorize(label, dataset):
     """label [H,W] -> PIL.Image RGB in the dataset's palette, void in black."""
-    classes = dataset if isinstance(dataset, Classes) else class_table(dataset)
+    classes = class_table(dataset)
     palette = np.zeros((256, 3), np.uint8)
     palette[:len(classes.names)] = classes.palette
     return Image.fromarray(palette[np.asarray(label)])
@@ -396,20 +398,19 @@ def read_captions(root, split, path=None):
     Read is `path`, else what is in root: captions_{split}.json, captions.json, or COCO's own
     annotations/captions_{split}2017.json. Names may carry the image's suffix. Raises InputError.
     """
-    places = (f"captions_{split}.json", "captions.json", f"annotations/captions_{split}2017.json")
-    files = [Path(root, place) for place in places if Path(root, place).is_file()]
-    if path:
-        files = [Path(path)]
-    if not files:
+    places = f"captions_{split}.json", "captions.json", f"annotations/captions_{split}2017.json"
+    files = [Path(root, place) for place in places]
+    file = Path(path) if path else next(filter(Path.is_file, files), None)
+    if file is None:
         return {}
     try:
-        content = json.loads(files[0].read_text("utf-8-sig"))
+        content = json.loads(file.read_text("utf-8-sig"))
         captions = group_by_image(content) if "annotations" in content else content
         json.dumps(captions, ensure_ascii=False).encode()  # (half a surrogate pair fails)
         if not all(map(is_caption, captions.values())):
             raise ValueError("a caption is a string, or a list of strings")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{files[0]}: captions cannot be read ({error}): wanted is UTF-8 JSON, "
+        raise InputError(f"{file}: captions cannot be read ({error}): wanted is UTF-8 JSON, "
                          "{name: caption}") from None
     return {strip_suffix(name): caption for name, caption in captions.items()}
 
@@ -438,35 +439,56 @@ def strip_suffix(name):
 
 SIDE = 64  # its pictures are 64 x 64 pixels
 DOMAINS = "day", "night", "fog", "snow", "rain"
-PHRASES = {"day": ("on a clear day", "in daylight", "on a sunny day"),
-           "night": ("at night", "in the dark"),
-           "fog": ("in fog", "on a foggy day"),
-           "snow": ("in snow", "on a snowy day"),
-           "rain": ("in rain", "on a rainy day")}
-PAINTS = {"red": (205, 35, 35), "blue": (40, 80, 215), "white": (236, 236, 236),
-          "black": (34, 34, 40), "yellow": (232, 200, 40), "green": (30, 140, 70)}
+PHRASES = {
+    "day": ("on a clear day", "in daylight", "on a sunny day"),
+    "night": ("at night", "in the dark"),
+    "fog": ("in fog", "on a foggy day"),
+    "snow": ("in snow", "on a snowy day"),
+    "rain": ("in rain", "on a rainy day"),
+}
+PAINTS = {
+    "red": (205, 35, 35),
+    "blue": (40, 80, 215),
+    "white": (236, 236, 236),
+    "black": (34, 34, 40),
+    "yellow": (232, 200, 40),
+    "green": (30, 140, 70),
+}
 COATS = [rgb for name, rgb in PAINTS.items() if name != "white"]  # white is lost in the snow
 COATS.append((150, 70, 170))
-WALLS = {"brick": (158, 84, 62), "grey": (138, 138, 144), "beige": (206, 186, 150),
-         "pink": (212, 146, 156)}
-SKIES = {"day": ((70, 132, 222), (198, 220, 242)),  # zenith, horizon
-         "night": ((8, 10, 28), (34, 36, 66)),
-         "fog": ((176, 181, 188), (190, 194, 198)),
-         "snow": ((176, 184, 200), (212, 216, 224)),
-         "rain": ((84, 92, 108), (140, 146, 156))}
+WALLS = {
+    "brick": (158, 84, 62),
+    "grey": (138, 138, 144),
+    "beige": (206, 186, 150),
+    "pink": (212, 146, 156),
+}
+SKIES = {  # zenith, horizon
+    "day": ((70, 132, 222), (198, 220, 242)),
+    "night": ((8, 10, 28), (34, 36, 66)),
+    "fog": ((176, 181, 188), (190, 194, 198)),
+    "snow": ((176, 184, 200), (212, 216, 224)),
+    "rain": ((84, 92, 108), (140, 146, 156)),
+}
 ROAD, SIDEWALK, BUILDING, POLE, SIGN = 0, 1, 2, 5, 7  # Cityscapes' train ids
 VEGETATION, TERRAIN, SKY, PERSON, CAR = 8, 9, 10, 11, 13
-IS_GROUND = np.isin(np.arange(256), (ROAD, SIDEWALK, TERRAIN))
-IS_SMALL = np.isin(np.arange(256), (PERSON, CAR, POLE, SIGN))
-AT_NIGHT = np.ones(256, np.float32)  # how much of its daylight a class keeps
-AT_NIGHT[[ROAD, SIDEWALK, TERRAIN, BUILDING, VEGETATION]] = 0.38, 0.42, 0.36, 0.40, 0.40
-AT_NIGHT[[PERSON, CAR, POLE, SIGN]] = 0.72, 0.66, 0.62, 0.80  # small things stay in sight
-IN_FOG = np.where(IS_SMALL, 0.85, 1)  # how much of the fog is seen before it
-IN_FOG[SKY] = 0
-IN_SNOW = np.where(IS_GROUND, 0.86, 0.06)  # how much of it is white
-IN_SNOW[[ROAD, TERRAIN]] = 0.5, 0.72
-IN_RAIN = np.zeros(256)  # how much it is a mirror
-IN_RAIN[[ROAD, SIDEWALK]] = 0.5, 0.3
+GROUND = ROAD, SIDEWALK, TERRAIN
+SMALL = PERSON, CAR, POLE, SIGN
+
+
+def by_class(others, values):
+    """-> [256,1], so that by_class(...)[label] is [64,64,1]."""
+    table = np.full((256, 1), others, float)
+    for c, value in values.items():
+        table[c] = value
+    return table
+
+
+AT_NIGHT = by_class(1, {  # how much of its daylight a class keeps: small things stay in sight
+    ROAD: 0.38, SIDEWALK: 0.42, TERRAIN: 0.36, BUILDING: 0.4, VEGETATION: 0.4,
+    PERSON: 0.72, CAR: 0.66, POLE: 0.62, SIGN: 0.8})
+IN_FOG = by_class(1, {SKY: 0, **dict.fromkeys(SMALL, 0.85)})  # how much of the fog is before it
+IN_SNOW = by_class(0.06, {ROAD: 0.5, SIDEWALK: 0.86, TERRAIN: 0.72})  # how much of it is white
+IN_RAIN = by_class(0, {ROAD: 0.5, SIDEWALK: 0.3})  # how much it is a mirror
 YY, XX = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)
 
 
@@ -478,12 +500,12 @@ def toy_scene(seed, domain="day"):
     """
     street = Street(seed, domain)
     paint_sky(street)
-    walls = paint_buildings(street)
+    paint_buildings(street)
     paint_ground(street)
-    car = paint_things(street)
+    paint_things(street)
     image = WEATHER[domain](street, street.shade_ground())
     label = cover_with_void(street)
-    caption = describe(street, label, walls, car)
+    caption = describe(street, label)
     return image.clip(0, 255).astype(np.uint8), label, caption
 
 
@@ -492,7 +514,8 @@ class Street:
 
     All stands on a ground plane with its vanishing point at (vanish, horizon): the point X to the
     right and at closeness d (0 at the horizon, 1 at the lower edge) is drawn at
-    (vanish + X d, horizon + depth d), and sizes grow with d.
+    (vanish + X d, horizon + depth d), and sizes grow with d. The painters add .walls, .left, .right
+    and .car, for those that come later.
     """
 
     def __init__(self, seed, domain):
@@ -512,6 +535,10 @@ class Street:
             Image.new("L", (SIDE, SIDE), SKY),  # class
             Image.new("L", (SIDE, SIDE), 255)]  # distance, for the fog
         self.pens = [ImageDraw.Draw(canvas) for canvas in self.canvases]
+
+    def y(self, d):
+        """The picture's row at closeness d."""
+        return self.horizon + self.depth * d
 
     def paint(self, shape, xy, colour, what=(), glow=(0, 0, 0)):
         """what: (class, distance); () leaves the class beneath as it is (shadows, windows)."""
@@ -534,23 +561,22 @@ class Street:
     def strip(self, x0, x1, d0, d1, *how):
         """A strip of the ground plane from X = x0 to x1 and from closeness d0 to d1."""
         corners = (x0, d0), (x1, d0), (x1, d1), (x0, d1)
-        xy = [(self.vanish + x * d, self.horizon + self.depth * d) for x, d in corners]
+        xy = [(self.vanish + x * d, self.y(d)) for x, d in corners]
         self.paint("polygon", xy, *how)
 
     def beside(self, d, spread):
         """x of a place within `spread` pixels (at d = 1) of a kerb, in the frame if it can be."""
-        if self.chance() < 0.5:
-            edge, side = self.vanish - self.left * d, -1
-        else:
-            edge, side = self.vanish + self.right * d, 1
-        room = (edge if side < 0 else SIDE - edge) - 4
-        return int(edge + side * (2 + self.chance() * min(spread * d, max(3, room))))
+        is_left = self.chance() < 0.5
+        kerb = self.vanish - self.left * d if is_left else self.vanish + self.right * d
+        room = (kerb if is_left else SIDE - kerb) - 4
+        away = 2 + self.chance() * min(spread * d, max(3, room))
+        return int(kerb - away if is_left else kerb + away)
 
     def shade_ground(self):
         """Ends the painting: sets .label, .ground and .small (bool), .far -> image float32."""
-        image, self.light, self.label, far = (np.asarray(canvas) for canvas in self.canvases)
-        self.ground = IS_GROUND[self.label][..., None]
-        self.small = IS_SMALL[self.label][..., None]
+        image, self.light, self.label, far = map(np.asarray, self.canvases)
+        self.ground = np.isin(self.label, GROUND)[..., None]
+        self.small = np.isin(self.label, SMALL)[..., None]
         d = ((YY - self.horizon) / self.depth).clip(0, 1)[..., None]
         far = far.astype(np.float32)[..., None] / 255
         self.far = np.where(self.ground, 0.9 * (1 - d) ** 1.5, far)
@@ -578,33 +604,32 @@ def paint_sky(street):
 
 
 def paint_buildings(street):
-    """Buildings along the horizon, taller towards the frame's edges -> the walls' name."""
+    """Buildings along the horizon, taller towards the frame's edges. Sets .walls: their name."""
     rng, chance, horizon = street.rng, street.chance, street.horizon
     kinds = list(WALLS)
-    usual = kinds[rng.integers(4)]
+    street.walls = kinds[rng.integers(4)]  # of most
     x = -int(rng.integers(0, 6))
     while x < SIDE:
         w = int(rng.integers(9, 20))
         side = abs(x + w / 2 - street.vanish) / 32
         top = int(horizon - 8 - rng.integers(0, 9) - side * 14 * chance())
-        kind = usual if chance() < 0.75 else kinds[rng.integers(4)]
+        kind = street.walls if chance() < 0.75 else kinds[rng.integers(4)]
         colour = tone(WALLS[kind], 0.8 + 0.35 * chance())
         step = int(rng.integers(4, 6))
         pane = tone((52, 66, 92), 0.7 + 0.7 * chance())
         if chance() < 0.8:  # else a gap
             roof = (236, 240, 246) if street.domain == "snow" else tone(colour, 0.72)
-            right, base = x + w - 1, horizon + 2
+            right = x + w - 1
+            base = horizon + 2
             street.box(x, top, right, base, colour, (BUILDING, int(205 - 50 * side)))
             street.box(right - 1, top, right, base, tone(colour, 0.8))
             street.box(x, top, right, top + 1, roof)
-            rows = range(top + 4, horizon - 2, step)
-            columns = range(x + 2, right - 2, step)
-            for wy, wx in itertools.product(rows, columns):
-                lit = street.domain == "night" and street.look.random() < 0.45
-                glow = (240, 200, 105) if lit else (0, 0, 0)
-                street.box(wx, wy, wx + 1, wy + 1, pane, glow=glow)
+            for wy in range(top + 4, horizon - 2, step):
+                for wx in range(x + 2, right - 2, step):
+                    is_lit = street.domain == "night" and street.look.random() < 0.45
+                    glow = (240, 200, 105) if is_lit else (0, 0, 0)
+                    street.box(wx, wy, wx + 1, wy + 1, pane, glow=glow)
         x += w
-    return usual
 
 
 def paint_ground(street):
@@ -613,13 +638,17 @@ def paint_ground(street):
     Sets .left and .right: how far the road reaches from the vanishing point, in pixels at d = 1.
     """
     rng, chance = street.rng, street.chance
-    left, right, walk = (int(rng.integers(*span)) for span in ((26, 54), (26, 54), (12, 30)))
-    street.left, street.right = left, right
-    lane = (right - left) / 2
+    left = street.left = int(rng.integers(26, 54))
+    right = street.right = int(rng.integers(26, 54))
+    walk = int(rng.integers(12, 30))
+    middle = (right - left) / 2
     paving = tone((172, 160, 152), 0.9 + 0.2 * chance())
     grass = tone((116, 148, 70), 0.85 + 0.3 * chance())
     asphalt = tone((88, 88, 94), 0.85 + 0.3 * chance())
-    has_grass, has_walk, has_line, has_zebra = (chance() < p for p in (0.5, 0.85, 0.8, 0.25))
+    has_grass = chance() < 0.5
+    has_walk = chance() < 0.85
+    has_line = chance() < 0.8
+    has_zebra = chance() < 0.25
 
     if has_grass:
         street.box(0, street.horizon, SIDE, SIDE, grass, (TERRAIN, 0))
@@ -637,50 +666,50 @@ def paint_ground(street):
             street.strip(X - 2, X + 3, 0.04, 1.2, tone(asphalt, 0.35))
     if has_line:
         for d0, d1 in ((0.1, 0.17), (0.24, 0.36), (0.47, 0.66), (0.85, 1.1)):
-            street.strip(lane - 1.4, lane + 1.4, d0, d1, (222, 222, 218))
+            street.strip(middle - 1.4, middle + 1.4, d0, d1, (222, 222, 218))
     if has_zebra:
         for X in np.arange(-left + 3, right - 4, 11):
             street.strip(X, X + 6, 0.5, 0.72, (226, 226, 222))
 
 
+THINGS = (  # how many at most, their least closeness, by how much they come closer, to which power
+    ("car", 4, 0.14, 0.7, 1.4),
+    ("person", 5, 0.14, 0.7, 1.5),
+    ("pole", 4, 0.12, 0.6, 1.3),
+    ("tree", 4, 0.06, 0.4, 1.3),
+)
+
+
 def paint_things(street):
-    """Cars, people, poles and trees, from far to near -> (colour, window) of the nearest car."""
-    rng, chance = street.rng, street.chance
+    """Cars, people, poles and trees, from far to near."""
     things = []
-    for kind, limit, nearest, reach, power in (
-            ("car", 5, 0.14, 0.7, 1.4), ("person", 6, 0.14, 0.7, 1.5),
-            ("pole", 5, 0.12, 0.6, 1.3), ("tree", 5, 0.06, 0.4, 1.3)):
-        for _ in range(rng.integers(0, limit)):
-            d = nearest + reach * chance() ** power
-            head = ("lamp", "sign", "sign", "bare")[rng.integers(4)] if kind == "pole" else ""
-            things.append((d, kind, head))
-    car = None
-    for d, kind, head in sorted(things):
-        y = int(street.horizon + street.depth * d)
+    for kind, most, least, reach, power in THINGS:
+        for _ in range(street.rng.integers(0, most + 1)):
+            d = least + reach * street.chance() ** power
+            thing = kind
+            if kind == "pole":
+                thing = ("lamp", "sign", "sign", "bare")[street.rng.integers(4)]
+            things.append((d, thing))
+    street.car = None
+    for d, thing in sorted(things):
+        y = int(street.y(d))
         distance = int(225 * (1 - d))
-        if kind == "car":
-            lane = street.right * 0.5 if chance() < 0.5 else -street.left * 0.5
-            x = int(street.vanish + lane * d + (chance() - 0.5) * 16 * d)
-            car = paint_car(street, x, y, d, (CAR, distance))
-        elif kind == "person":
-            if chance() < 0.25:  # on the road
-                X = chance() * (street.left + street.right) - street.left
-                x = int(street.vanish + X * d)
-            else:
-                x = street.beside(d, 30)
-            paint_person(street, x, y, d, (PERSON, distance))
-        elif kind == "tree":
-            paint_tree(street, street.beside(d, 150), y, d, (VEGETATION, distance))
+        if thing == "car":
+            paint_car(street, y, d, (CAR, distance))
+        elif thing == "person":
+            paint_person(street, y, d, (PERSON, distance))
+        elif thing == "tree":
+            paint_tree(street, y, d, (VEGETATION, distance))
         else:
-            paint_pole(street, street.beside(d, 14), y, d, (POLE, distance), head)
-    return car
+            paint_pole(street, y, d, thing, distance)
 
 
-def paint_tree(street, x, y, d, what):
+def paint_tree(street, y, d, what):
+    x = street.beside(d, 150)
     r = 3 + 12 * d + 3 * street.chance()
     leaf = tone((58, 120, 46), 0.75 + 0.5 * street.chance())
     middle = y - 1.9 * r
-    street.box(x - max(0, r / 9), y - r, x + max(1, r / 9), y, (84, 62, 46), what)  # trunk
+    street.box(x - r / 9, y - r, x + max(1, r / 9), y, (84, 62, 46), what)  # trunk
     street.oval(x, middle, r, (-1, -1, 1, 1.1), tone(leaf, 0.78), what)
     street.oval(x, middle, r, (-0.9, -1, 0.6, 0.5), leaf)
     if street.domain == "snow":
@@ -689,42 +718,59 @@ def paint_tree(street, x, y, d, what):
         street.oval(x, middle, r, (-0.75, -0.9, 0.1, -0.1), tone(leaf, 1.25))
 
 
-def paint_car(street, x, y, d, what):
-    """A car as wide as 0.36 of the road, seen from behind in the right lane -> colour, window."""
-    W = max(8, int(0.36 * (street.left + street.right) * d))
-    H = int(0.74 * W)
-    w = W // 2
-    wheel = max(2, W // 6)
+def paint_car(street, y, d, what):
+    """A car as wide as 0.36 of the road, seen from behind in the right lane.
+
+    Sets .car: the name of its colour, and its rows and columns in the picture.
+    """
+    lane = street.right / 2 if street.chance() < 0.5 else -street.left / 2
+    x = int(street.vanish + lane * d + (street.chance() - 0.5) * 16 * d)
+    width = max(8, int(0.36 * (street.left + street.right) * d))
+    height = int(0.74 * width)
+    half = width // 2
+    wheel = max(2, width // 6)
+    left = x - half
+    right = x + half
+    top = y - height
+    low = y - max(1, height // 7)
     name = list(PAINTS)[street.rng.integers(6)]
     body = tone(PAINTS[name], 0.9 + 0.15 * street.chance())
-    low = y - max(1, H // 7)
-    street.box(x - w - 1, y - 1, x + w + 1, y, (24, 24, 28))  # its shadow
-    for side in (x - w, x + w - wheel):
-        street.box(side, y - H // 4, side + wheel, y, (16, 16, 18), what)
-    street.trapezoid(x, y - H // 2, w - w // 5, y - H, w * 0.6, body, what)  # cabin
-    street.trapezoid(x, y - H * 0.56, w * 0.66, y - H * 0.9, w * 0.48, (74, 92, 112))  # its window
-    street.box(x - w, y - int(H * 0.56), x + w, low, body, what)
-    street.box(x - w, y - max(2, int(H * 0.26)), x + w, low, tone(body, 0.66))
+    glass = (74, 92, 112)
+    street.box(left - 1, y - 1, right + 1, y, (24, 24, 28))  # its shadow
+    for side in (left, right - wheel):
+        street.box(side, y - height // 4, side + wheel, y, (16, 16, 18), what)
+    street.trapezoid(x, y - height // 2, half - half // 5, top, half * 0.6, body, what)
+    street.trapezoid(x, y - height * 0.56, half * 0.66, y - height * 0.9, half * 0.48, glass)
+    street.box(left, y - int(height * 0.56), right, low, body, what)
+    street.box(left, y - max(2, int(height * 0.26)), right, low, tone(body, 0.66))
     if street.domain == "snow":  # on its roof
-        reach = int(w * 0.55)
-        street.box(x - reach, y - H, x + reach, y - H + H // 9, (244, 246, 250))
+        reach = int(half * 0.55)
+        street.box(x - reach, top, x + reach, top + height // 9, (244, 246, 250))
     away = x > street.vanish + (street.right - street.left) / 2 * d
     lamp = (255, 40, 30) if away else (255, 246, 200)
-    for side in (x - w, x + w - wheel + 1):
-        street.box(side, y - int(H * 0.5), side + wheel - 1, y - int(H * 0.36), lamp, glow=lamp)
-    return name, (slice(max(0, y - H), y), slice(max(0, x - w), x + w + 1))
+    for side in (left, right - wheel + 1):
+        end = side + wheel - 1
+        street.box(side, y - int(height * 0.5), end, y - int(height * 0.36), lamp, glow=lamp)
+    street.car = name, slice(max(0, top), y), slice(max(0, left), right + 1)
 
 
-def paint_person(street, x, y, d, what):
-    """A person nearly as tall as a car is wide."""
-    s = max(8, int(0.34 * (street.left + street.right) * d))
-    w = max(2, round(s * 0.28))
-    head = max(2, round(s * 0.2))
+def paint_person(street, y, d, what):
+    """A person nearly as tall as a car is wide, on the road or beside it."""
+    road = street.left + street.right
+    if street.chance() < 0.25:
+        X = street.chance() * road - street.left
+        x = int(street.vanish + X * d)
+    else:
+        x = street.beside(d, 30)
+    height = max(8, int(0.34 * road * d))
+    w = max(2, round(height * 0.28))
+    head = max(2, round(height * 0.2))
     skin = tone((216, 170, 140), 0.55 + 0.5 * street.chance())
     coat = COATS[street.rng.integers(6)]
     trousers = tone((70, 76, 110), 0.5 + 0.9 * street.chance())
-    neck = y - s + head
-    hip = y - int(s * 0.4)
+    top = y - height
+    neck = top + head
+    hip = y - int(height * 0.4)
     x -= w // 2
     leg = w // 2 - 1 if w > 3 else w - 1  # two legs where a gap between them has room
     for side in (x, x + w - 1 - leg):
@@ -732,12 +778,13 @@ def paint_person(street, x, y, d, what):
     street.box(x, neck, x + w - 1, hip, coat, what)
     x += (w - head) // 2
     shape = "ellipse" if head > 3 else "rectangle"
-    street.paint(shape, [x, y - s, x + head - 1, neck - 1], skin, what)
+    street.paint(shape, [x, top, x + head - 1, neck - 1], skin, what)
 
 
-def paint_pole(street, x, y, d, what, head):
+def paint_pole(street, y, d, head, distance):
     """head: "lamp", "sign" or "bare"."""
     chance = street.chance
+    x = street.beside(d, 14)
     top = max(1, int(y - 14 - 38 * d - 4 * chance()))
     w = int(d > 0.2)
     grey = 0.8 + 0.3 * chance()
@@ -745,23 +792,23 @@ def paint_pole(street, x, y, d, what, head):
     arm = -1 if chance() < 0.5 else 1
     r = int(2 + 3 * d + 1.4 * chance())
     colour = PAINTS[("red", "blue", "yellow", "green")[street.rng.integers(4)]]
-    is_disc = chance() < 0.5 and r > 2
-    street.box(x, top, x + w, y, iron, what)
+    shape = "ellipse" if chance() < 0.5 and r > 2 else "rectangle"
+    street.box(x, top, x + w, y, iron, (POLE, distance))
     if w:  # light and dark side: seen before any background
-        street.box(x, top, x, y, tone((184, 184, 186), grey), what)
+        street.box(x, top, x, y, tone((184, 184, 186), grey))
     if head == "lamp":
-        a, b = sorted((x + arm, x + arm * 5))
-        street.box(a, top, b, top + 1, iron, what)
-        street.box(a, top + 1, b, top + 1, (226, 222, 200), glow=(255, 236, 180))
+        left, right = sorted((x + arm, x + 5 * arm))
+        street.box(left, top, right, top + 1, iron, (POLE, distance))
+        street.box(left, top + 1, right, top + 1, (226, 222, 200), glow=(255, 236, 180))
     if head == "sign":
-        shape = "ellipse" if is_disc else "rectangle"
         white = (242, 242, 242)
-        a = x - r
-        b = x + r + w - (not w)
-        street.paint(shape, [a, top, b, top + 2 * r], white, (SIGN, what[1]))
-        street.paint(shape, [a + 1, top + 1, b - 1, top + 2 * r - 1], colour)
+        left = x - r
+        right = x + r + 1 if w else x + r - 1
+        low = top + 2 * r
+        street.paint(shape, [left, top, right, low], white, (SIGN, distance))
+        street.paint(shape, [left + 1, top + 1, right - 1, low - 1], colour)
         if r > 3:
-            street.box(a + 2, top + r - 1, b - 2, top + r, white)
+            street.box(left + 2, top + r - 1, right - 2, top + r, white)
 
 
 # Light and weather, by class and by distance: image float32 [64,64,3] -> the same, in 0..255 or so.
@@ -772,36 +819,38 @@ def add_day(street, image):
 
 def add_night(street, image):
     """Our own headlights, and a halo around every light."""
-    beam = np.exp(-((YY - SIDE) ** 2 + (XX - SIDE / 2) ** 2) / 700)[..., None] * street.ground
-    dark = AT_NIGHT[street.label][..., None] + 0.4 * beam
-    image = image * (dark * np.array((0.86, 0.9, 1.12), np.float32))
-    halo = street.canvases[1].filter(ImageFilter.GaussianBlur(1.6))
+    far = (YY - SIDE) ** 2 + (XX - SIDE / 2) ** 2
+    beam = np.exp(-far / 700)[..., None] * street.ground
+    light = np.float32(AT_NIGHT[street.label]) + 0.4 * beam
+    image = image * (light * np.float32([0.86, 0.9, 1.12]))
+    halo = Image.fromarray(street.light).filter(ImageFilter.GaussianBlur(1.6))
     return np.maximum(image, street.light) + 0.8 * np.asarray(halo, np.float32)
 
 
 def add_fog(street, image):
     thickness = (0.3 + 0.55 * street.far) * (0.92 + 0.14 * street.look.random())
-    grey = np.array((188, 192, 197), np.float32)
-    image += (grey - image) * thickness * IN_FOG[street.label][..., None]
+    grey = np.float32([188, 192, 197])
+    image += (grey - image) * thickness * IN_FOG[street.label]
     return image
 
 
 def add_snow(street, image):
     """Snow on the ground, and twelve flakes, none on a small thing."""
-    white = np.array((208, 216, 232), np.float32)
-    image += (white - image) * IN_SNOW[street.label][..., None]
+    white = np.float32([208, 216, 232])
+    image += (white - image) * IN_SNOW[street.label]
     for x, y in street.look.integers(0, SIDE - 2, (12, 2)):
+        flake = image[y:y + 2, x:x + 2]
         if not street.small[y, x]:
-            image[y:y + 2, x:x + 2] += (255 - image[y:y + 2, x:x + 2]) * 0.8
+            flake += (255 - flake) * 0.8
     return image
 
 
 def add_rain(street, image):
     """The ground is a mirror, and nine streaks fall."""
-    above = np.abs(2 * street.horizon - YY.astype(int)).clip(0, SIDE - 1)
-    mirror = image[above, XX.astype(int)]
-    image += (mirror - image) * IN_RAIN[street.label][..., None]
-    image = image * 0.7 + np.array((4, 8, 16), np.float32)
+    rows = np.abs(2 * street.horizon - np.arange(SIDE)).clip(0, SIDE - 1)
+    mirror = image[rows]
+    image += (mirror - image) * IN_RAIN[street.label]
+    image = image * 0.7 + np.float32([4, 8, 16])
     for x, y in street.look.integers(0, SIDE - 6, (9, 2)):
         streak = np.arange(y, y + 6), x - np.arange(6) // 3
         image[streak] += (200 - image[streak]) * 0.3 * ~street.small[streak]
@@ -815,25 +864,29 @@ def cover_with_void(street):
     """Void as at the borders of real labels: a strip at the lower edge, a patch anywhere."""
     label = street.label.copy()
     if street.chance() < 0.2:
-        label[SIDE - int(street.rng.integers(2, 5)):] = IGNORE
+        label[-street.rng.integers(2, 5):] = IGNORE
     if street.chance() < 0.2:
-        y, x, a, b = street.rng.integers((0, 0, 3, 3), (SIDE - 8, SIDE - 8, 8, 8))
-        label[y:y + a, x:x + b] = IGNORE
+        y, x, h, w = street.rng.integers([0, 0, 3, 3], [SIDE - 8, SIDE - 8, 8, 8])
+        label[y:y + h, x:x + w] = IGNORE
     return label
 
 
-def describe(street, label, walls, car):
+def describe(street, label):
     """The caption: what is there to be seen, or, in a quarter of the scenes, the weather alone."""
     pixels = np.bincount(label.ravel(), minlength=256)
     parts = []
-    if car and (label[car[1]] == CAR).sum() >= 24:
-        parts.append(f"a {car[0]} car")
-    for c, least_pixels, often, words in (
-            (PERSON, 24, 0.7, "people"),
-            (VEGETATION, 60, 0.7, "trees"),
-            (BUILDING, 150, 0.7, f"{walls} buildings"),
-            (SIGN, 16, 0.5, "signs"),
-            (POLE, 24, 0.5, "poles")):
+    if street.car:
+        colour, rows, columns = street.car
+        if (label[rows, columns] == CAR).sum() >= 24:
+            parts.append(f"a {colour} car")
+    others = [  # class, at least how many pixels, how often it is said
+        (PERSON, 24, 0.7, "people"),
+        (VEGETATION, 60, 0.7, "trees"),
+        (BUILDING, 150, 0.7, f"{street.walls} buildings"),
+        (SIGN, 16, 0.5, "signs"),
+        (POLE, 24, 0.5, "poles"),
+    ]
+    for c, least_pixels, often, words in others:
         if pixels[c] >= least_pixels and street.chance() < often:
             parts.append(words)
     phrases = PHRASES[street.domain]
@@ -846,9 +899,9 @@ def describe(street, label, walls, car):
 # -- datasets --------------------------------------------------------------------------------------
 
 class Scenes(torch.utils.data.Dataset):
-    """What the datasets have in common. Each has .classes, .names, .captions, .size S, .grid,
-    .augment, shape(index) -> (H, W), full(index, flip), caption(index, label, seed), and stamp(), a
-    text that changes with whatever lies behind the items."""
+    """What the datasets have in common. Each has .classes, .names, .captions, .shapes (name ->
+    (H, W)), .size S, .grid, .augment, read(index) -> uint8 [H,W,3] and [H,W], caption(index, label,
+    seed), and stamp(), a text that changes with whatever lies behind the items."""
 
     def __len__(self):
         return len(self.names)
@@ -859,15 +912,25 @@ class Scenes(torch.utils.data.Dataset):
         The offsets are multiples of `grid` pixels, so that a latent can be cropped in the picture's
         stead. Without a seed it is the centre, not flipped.
         """
-        H, W = self.shape(index)
-        rows, cols = (H - self.size) // self.grid, (W - self.size) // self.grid
+        H, W = self.shapes[self.names[index]]
+        rows = (H - self.size) // self.grid
+        cols = (W - self.size) // self.grid
         if seed is None or not self.augment:
             return False, rows // 2 * self.grid, cols // 2 * self.grid
         rng = np.random.default_rng(seed)
-        flip = bool(rng.random() < 0.5)
+        flip = rng.random() < 0.5
         top = int(rng.integers(rows + 1)) * self.grid
         left = int(rng.integers(cols + 1)) * self.grid
         return flip, top, left
+
+    def full(self, index, flip=False):
+        """The whole picture -> image float32 [3,H,W] in [-1,1], label int64 [H,W]."""
+        image, label = map(torch.tensor, self.read(index))
+        image = image.permute(2, 0, 1).float() / 127.5 - 1
+        label = label.long()
+        if flip:
+            return image.flip(-1), label.flip(-1)
+        return image, label
 
     def __getitem__(self, key):
         """key: (index, seed of crop, flip and caption), or an index alone: the centre.
@@ -878,25 +941,22 @@ class Scenes(torch.utils.data.Dataset):
         index, seed = key if isinstance(key, tuple) else (key, None)
         flip, top, left = self.window(index, seed)
         image, label = self.full(index, flip)
-        rows, cols = slice(top, top + self.size), slice(left, left + self.size)
+        rows = slice(top, top + self.size)
+        cols = slice(left, left + self.size)
         label = label[rows, cols]
-        return {"image": image[:, rows, cols], "label": label,
-                "caption": self.caption(index, label, seed), "name": self.names[index],
-                "index": index, "flip": flip, "top": top, "left": left}
-
-
-def make_tensors(image, label, flip):
-    """uint8 [H,W,3] and [H,W] -> image float32 [3,H,W] in [-1,1], label int64 [H,W]."""
-    image = torch.tensor(image).permute(2, 0, 1).float() / 127.5 - 1
-    label = torch.tensor(label).long()
-    if flip:
-        return image.flip(-1), label.flip(-1)
-    return image, label
+        return {
+            "image": image[:, rows, cols],
+            "label": label,
+            "caption": self.caption(index, label, seed),
+            "name": self.names[index],
+            "index": index,
+            "flip": flip,
+            "top": top,
+            "left": left,
+        }
 
 
 render = functools.cache(toy_scene)  # a scene is drawn when it is first asked for, and kept
-
-
 TOY_SPLITS = {"train": (0, 2000), "val": (10_000_000, 256)}  # the first seed, the usual length
 
 
@@ -916,6 +976,7 @@ class Toy(Scenes):
         self.augment = augment
         self.keys = [(first + i, domains[i % len(domains)]) for i in range(length or usual)]
         self.names = [f"toy_{seed:08d}" for seed, _ in self.keys]
+        self.shapes = dict.fromkeys(self.names, (SIDE, SIDE))
 
     @functools.cached_property
     def images(self):
@@ -929,14 +990,11 @@ class Toy(Scenes):
     def captions(self):
         return {name: render(*key)[2] for name, key in zip(self.names, self.keys)}
 
-    def shape(self, index):
-        return SIDE, SIDE
-
-    def full(self, index, flip=False):
+    def read(self, index):
         image, label, _ = render(*self.keys[index])
-        return make_tensors(image, label, flip)
+        return image, label
 
-    def caption(self, index, label=None, seed=None):
+    def caption(self, index, label, seed=None):
         return render(*self.keys[index])[2]
 
     def stamp(self):
@@ -1012,17 +1070,12 @@ class Pairs(Scenes):
         root = Path(root or self.classes.key)
         self.images, self.labels = find_pairs(data, root, split)
         self.captions = read_captions(root, split, captions)
-        self.shapes = {}  # name -> (H, W) once resized
         names = sorted(self.images.keys() | self.labels.keys())
-        broken = []
         with ThreadPoolExecutor() as pool:
-            checks = tqdm(pool.map(self.check, names), f"checking {split}", len(names), leave=False,
-                          disable=len(names) <= 500)
-            for name, (shape, trouble) in zip(names, checks):
-                if trouble:
-                    broken.append(trouble)
-                else:
-                    self.shapes[name] = shape
+            found = list(tqdm(pool.map(self.check, names), f"checking {split}", len(names),
+                              leave=False, disable=len(names) <= 500))
+        broken = [trouble for trouble in found if isinstance(trouble, str)]
+        self.shapes = {name: x for name, x in zip(names, found) if not isinstance(x, str)}
         self.names = list(self.shapes)
         if broken:
             report = "\n  ".join([
@@ -1037,37 +1090,33 @@ class Pairs(Scenes):
                 f"{next(iter(self.captions))!r} there, {self.names[0]!r} here")
 
     def check(self, name):
-        """-> (H, W) of the resized picture and None, or None and what is wrong with the pair."""
+        """-> (H, W) of the resized picture, or a text: what is wrong with the pair."""
         if name not in self.images:
-            return None, f"{name}: a label without an image"
+            return f"{name}: a label without an image"
         if name not in self.labels:
-            return None, f"{name}: an image without a label"
+            return f"{name}: an image without a label"
         try:
             h, w = read_layout(self.labels[name], self.classes).shape
             image = open_image(self.images[name], decode=False)
         except InputError as error:
-            return None, str(error)
+            return str(error)
         if image.size != (w, h):
-            return None, f"{name}: a label of {w} x {h}, an image of {image.width} x {image.height}"
-        S, grid = self.size, self.grid
+            return f"{name}: a label of {w} x {h}, an image of {image.width} x {image.height}"
+        S = self.size
         if self.images[name].stem.endswith("_leftImg8bit") and (h, w) != (S, S):
-            return (S, 2 * S), None
-        return tuple(max(S, round(side * S / min(h, w) / grid) * grid) for side in (h, w)), None
+            return S, 2 * S
+        H, W = (round(side * S / min(h, w) / self.grid) * self.grid for side in (h, w))
+        return max(S, H), max(S, W)
 
-    def shape(self, index):
-        return self.shapes[self.names[index]]
-
-    def full(self, index, flip=False):
-        """The whole picture, resized -> image float32 [3,H,W] in [-1,1], label int64 [H,W]."""
+    def read(self, index):
         name = self.names[index]
         H, W = self.shapes[name]
         image = read_image(self.images[name])
         label = read_layout(self.labels[name], self.classes)
-        label = Image.fromarray(label.numpy().astype(np.uint8))
-        if image.size != (W, H):  # PIL's bicubic averages over a pixel's whole area
-            image = image.resize((W, H), Image.BICUBIC)
-            label = label.resize((W, H), Image.NEAREST)
-        return make_tensors(np.asarray(image), np.asarray(label), flip)
+        label = Image.fromarray(label.byte().numpy())
+        image = image.resize((W, H), Image.BICUBIC)  # PIL's averages over a pixel's whole area
+        label = label.resize((W, H), Image.NEAREST)
+        return np.asarray(image), np.asarray(label)
 
     def caption(self, index, label, seed=None):
         """The image's caption; of several, one by the seed (None: the first); of none, one composed
@@ -1080,13 +1129,10 @@ class Pairs(Scenes):
         return caption
 
     def stamp(self):
-        files = []
-        for name in self.names:
-            for path in (self.images[name], self.labels[name]):
-                status = path.stat()
-                files.append((path.name, status.st_size, status.st_mtime_ns))
-        captions = [self.captions.get(name) for name in self.names]
-        made_of = [files, captions, self.classes.names, self.classes.file_ids.tolist()]
+        made_of = [self.captions, self.classes.names, self.classes.file_ids.tolist()]
+        for path in (*self.images.values(), *self.labels.values()):
+            status = path.stat()
+            made_of.append((path.name, status.st_size, status.st_mtime_ns))
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
@@ -1190,13 +1236,14 @@ def write_toy(folder, form, split="train", length=None, domains=("day",)):
     print(f"wrote {len(toy)} {split} pairs of the toy world")
 
 
-def show_toy(path, seeds=range(10_000_000, 10_000_008)):
-    """Writes a PNG: a column per scene, its layout above the five domains, twice enlarged."""
+def show_toy(path):
+    """Writes a PNG: eight columns, each a layout above the five domains, twice enlarged."""
     columns = []
-    for seed in seeds:
-        scenes = [toy_scene(seed, domain) for domain in DOMAINS]
-        layout = np.asarray(colorize(scenes[0][1], "toy"))
-        columns.append(np.concatenate([layout, *(image for image, _, _ in scenes)]))
+    for seed, _ in Toy("val", length=8).keys:
+        _, label, _ = render(seed, "day")
+        column = [np.asarray(colorize(label, "toy"))]
+        column += [render(seed, domain)[0] for domain in DOMAINS]
+        columns.append(np.concatenate(column))
     write_image(path, np.concatenate(columns, 1).repeat(2, 0).repeat(2, 1))
 
 
@@ -1212,7 +1259,6 @@ def main():
     add("--n", type=int, help="how many pairs (2000 for train, 256 for val)")
     add("--domains", default="day", help=f"comma-separated, out of {','.join(DOMAINS)}")
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         args = parser.parse_args()
         if args.n is not None and args.n < 1:
             refuse(f"--n {args.n}: must be 1 or more")
@@ -1223,9 +1269,8 @@ def main():
     except (InputError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # half-written files are removed
     main()

@@ -1008,118 +1008,175 @@ def test_base_model_is_looked_up_where_it_may_be(tmp_path, monkeypatch):
 
 # -- layouts and data sets -------------------------------------------------------------------------
 
-KEYS = ("cityscapes", "ade20k", "coco")
+
+def blocks(*ids, palette=None, clear=None, kind=np.uint8):
+    """A layout with one square per id, 16 pixels wide each -> PIL.Image; clear: what PNG's tRNS makes transparent."""
+    image = Image.fromarray(np.array([ids], kind).repeat(16, 0).repeat(16, 1))
+    if palette is not None:
+        image.putpalette(np.asarray(palette, np.uint8).ravel().tolist())
+    if clear is not None:
+        image.info["transparency"] = clear
+    return image
 
 
-def save(path, array, mode=None, **options):
+def save(path, picture, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.asarray(array), mode).save(path, **options)
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    image.save(path, **options)
     return path
 
 
-def blocks(values):
-    """A label map with one square per value, 16 pixels wide each: uint8 [16, 16 len(values)]."""
-    return np.repeat(np.repeat(np.array(values, np.uint8)[None], 16, 0), 16, 1)
-
-
-def read_blocks(path, dataset):
+def read_blocks(path, dataset="cityscapes"):
     """What `read_layout` reads from a file of `blocks`: a list."""
-    return data.read_layout(path, dataset)[0, ::16].tolist()
+    return read_layout(path, dataset)[0, ::16].tolist()
 
 
-def refuses_with(call, *words):
+def write_classes(folder, text):
+    (folder / "classes.txt").write_text(text, "utf-8")
+    return class_table(folder)
+
+
+def refuses_with(words, call, *args, **options):
+    """`call` raises InputError with all these words -> its text."""
     with pytest.raises(InputError) as caught:
-        call()
+        call(*args, **options)
     text = str(caught.value)
     assert all(word in text for word in words), text
     return text
 
 
-# class tables
-
 @pytest.mark.parametrize("key, value", [
-    ("cityscapes", "f4b9ebc410c9ddfed26f36c208be22b5fd6bde55eb362b85bab6f5f74d8d28d8"),
-    ("ade20k", "9cf6d91603db70d89da2cf181ca0810bffe1fe7b6ea9699722869788ce06cecd"),
-    ("coco", "bcbd73363f772936606e3c0d0efd7c7f950494632d70a5dd67ccba946ac6bf9d")])
-def test_tables_with_their_neighbours_stay_as_they_were(key, value):
-    c = data.class_table(key)
-    content = c.names, c.palette.tolist(), c.ade, c.file_ids.tolist(), c.void.tolist()
-    assert hashlib.sha256(repr(content).encode()).hexdigest() == value
-    assert set(c.ade) - {None} <= set(data.class_table("ade20k").names)
-
-
-def write_classes(folder, text):
-    (folder / "classes.txt").write_text(text, "utf-8")
-    return data.class_table(folder)
+    ("cityscapes", "f4b9ebc410c9ddfe"), ("ade20k", "9cf6d91603db70d8"), ("coco", "bcbd73363f772936")])
+def test_published_classes_go_to_ids_and_colours_and_back(tmp_path, key, value):
+    classes = class_table(key)
+    content = classes.names, classes.palette.tolist(), classes.ade, classes.file_ids.tolist(), classes.void.tolist()
+    assert hashlib.sha256(repr(content).encode()).hexdigest().startswith(value)
+    want = [*range(len(classes.names)), IGNORE]
+    ids = [content[3].index(c) for c in want]
+    for name, kind in (("a.png", np.uint8), ("wide.png", np.uint16), ("wide.tif", np.int32)):
+        assert read_blocks(save(tmp_path / name, blocks(*ids, kind=kind)), classes) == want
+    again = write_classes(tmp_path, data.classes_text(classes))
+    assert again.names == classes.names and again.ade == classes.ade
+    assert (again.palette != classes.palette).any(1).sum() == (key == "ade20k")
+    colours = save(tmp_path / "colour.png", colorize(blocks(*want), key))
+    if key == "ade20k":                       # its palette gives road and skyscraper one colour; ids tell them apart
+        path = save(tmp_path / "a.png", blocks(7, 49, palette=[[0] * 3, *classes.palette]))
+        assert read_blocks(path, key) == [6, 48]
+        want[48] = 6
+    assert read_blocks(colours, key) == want and read_layout(colours, key).dtype == torch.int64
 
 
 def test_class_table_of_a_folder(tmp_path):
-    classes = write_classes(tmp_path, "\ufeff# mine\r\nroad 128 64 128\r\n\r\n"
-                            "brick house = house\nplatform 9\nvoid 9 9 9\nplatform 10: 1 2 3\n"
-                            "car, 7, 8, 9\nVOID\n")
+    classes = write_classes(tmp_path, "\ufeff# mine\r\nroad 128 64 128\r\n\r\nbrick house = house\nplatform 9\n"
+                                      "void 9 9 9\nplatform 10: 1 2 3\ncar, 7, 8, 9\nVOID\n")
     assert classes.names == ("road", "brick house", "platform 9", "platform 10", "car")
     assert classes.palette[[0, 3, 4]].tolist() == [[128, 64, 128], [1, 2, 3], [7, 8, 9]]
-    assert classes.ade == ("road", "house", None, None, "car")
+    assert classes.ade == ("road", "house", None, None, "car") and classes.void.tolist() == [[0, 0, 0], [9, 9, 9]]
     assert classes.file_ids.tolist() == [0, 1, 2, 255, 3, 4, 255] + [-1] * 248 + [255]
-    assert classes.void.tolist() == [[0, 0, 0], [9, 9, 9]]
-    assert read_blocks(save(tmp_path / "ids.png", blocks([0, 1, 5, 3])), tmp_path) == [0, 1, 4, 255]
-    data.colorize(blocks([0, 1, 4, 255]), tmp_path).save(tmp_path / "colours.png")
-    assert read_blocks(tmp_path / "colours.png", tmp_path) == [0, 1, 4, 255]
+    assert read_blocks(save(tmp_path / "ids.png", blocks(0, 1, 5, 3)), tmp_path) == [0, 1, 4, 255]
+    path = save(tmp_path / "colours.png", colorize(blocks(0, 1, 4, 255), tmp_path))
+    assert read_blocks(path, tmp_path) == [0, 1, 4, 255]
     palette = write_classes(tmp_path, "\n".join(f"class{i}" for i in range(255))).palette
     assert len(np.unique(palette, axis=0)) == 255 and palette.any(1).all()
 
 
 @pytest.mark.parametrize("text", [
-    "traffic light 1 2 3\nroad 4 5 6", "traffic light;1;2;3\nroad; 4; 5; 6",
+    "traffic light 1 2 3\nroad 4 5 6", "traffic light;1;2;3\nroad; 4; 5; 6", "traffic light: 1 2 3\nroad: 4 5 6",
     "traffic light\t1\t2\t3\nroad\t4\t5\t6", "name,r,g,b\ntraffic light,1,2,3\nroad,4,5,6",
     "id,name,R,G,B\n0,traffic light,1,2,3\n1,road,4,5,6", "0 traffic light 1 2 3\n1 road 4 5 6",
     "# label:color_rgb:parts:actions\ntraffic light:1,2,3::\nroad:4,5,6::",
-    '"traffic light",1,2,3,255\n"road",4,5,6,255', "traffic light: 1 2 3\nroad: 4 5 6"])
+    '"traffic light",1,2,3,255\n"road",4,5,6,255'])
 def test_other_tools_class_lists_are_read(tmp_path, text):
     classes = write_classes(tmp_path, text)
-    assert classes.names == ("traffic light", "road")
-    assert classes.palette.tolist() == [[1, 2, 3], [4, 5, 6]]
-    assert write_classes(tmp_path, "id,name\n0,road\n1,sky").names == ("road", "sky")
-    assert write_classes(tmp_path, "class 1,0,0,255").palette.tolist() == [[0, 0, 255]]
+    assert classes.names == ("traffic light", "road") and classes.palette.tolist() == [[1, 2, 3], [4, 5, 6]]
 
 
 @pytest.mark.parametrize("text, word", [
-    ("road 128 64", "line 1"), ("a\nroad 300 0 0", "line 2"), ("128 64 128", "line 1"),
-    ("road -1 0 0", "line 1"), ("road 0.5 0.1 0.2", "line 1"), ("road #804080", "line 1"),
-    ("road,128", "line 1"), ("road 128 64 128 255", "line 1"), ("road,128,64,128,7", "line 1"),
-    ("platform 9 1 2 3", "line 1"), ("name,b,g,r\nroad,1,2,3", "line 1"),
-    ("7 road 1 2 3", "line 1"), ("1,road\n2,sky", "id 1 in the place of id 0"), (",,", "line 1"),
-    ("Idx,Ratio,Name\n1,0.15,wall", "line 1"), ("road = street", "'street'"),
-    ("a 1 2 3\nb 1 2 3", "share"), ("a 1 2 3\nvoid 1 2 3", "share"), ("\n# none\n", "0 classes"),
-    ("\n".join(f"c{i}" for i in range(256)), "256 classes"), ("stra\udcdfe", "UTF-8")])
+    ("road 128 64", "line 1"), ("a\nroad 300 0 0", "line 2"), ("128 64 128", "line 1"), ("road -1 0 0", "line 1"),
+    ("road 0.5 0.1 0.2", "line 1"), ("road #804080", "line 1"), ("road,128", "line 1"), (",,", "line 1"),
+    ("road 128 64 128 255", "line 1"), ("road,128,64,128,7", "line 1"), ("platform 9 1 2 3", "line 1"),
+    ("name,b,g,r\nroad,1,2,3", "line 1"), ("7 road 1 2 3", "line 1"), ("Idx,Ratio,Name\n1,0.15,wall", "line 1"),
+    ("1,road\n2,sky", "id 1 in the place of id 0"), ("road = street", "'street'"), ("a 1 2 3\nb 1 2 3", "share"),
+    ("a 1 2 3\nvoid 1 2 3", "share"), ("\n# none\n", "0 classes"), ("stra\udcdfe", "UTF-8"),
+    ("\n".join(f"c{i}" for i in range(256)), "256 classes")])
 def test_class_table_refuses(tmp_path, text, word):
     (tmp_path / "classes.txt").write_bytes(text.encode(errors="surrogateescape"))
-    refuses_with(lambda: data.class_table(tmp_path), word, "classes.txt")
-    refuses_with(lambda: data.class_table("citiscapes"), "citiscapes", "cityscapes", "classes.txt")
+    refuses_with([word, "classes.txt"], class_table, tmp_path)
 
 
-# layouts
+CITY = class_table("cityscapes").palette.astype(int)
+MOVED = CITY[[13, 0, 10, 2]]                                      # car, road, sky, building
+FOREIGN = np.arange(768).reshape(256, 3) % 251
+FURTHER = np.concatenate([MOVED, [[1, 250, 3], [0, 0, 0]]])
+IN_ORDER = CITY + np.eye(19, 3, -2, int)                          # colours a little off, each in its class's place
+ONE_BY_CHANCE = np.concatenate([np.arange(39).reshape(13, 3) * 4, CITY[:1]])
+LABEL_IDS = np.zeros((34, 3), int)
+LABEL_IDS[[7, 11, 26]] = CITY[[0, 2, 13]] + 2
+GREYS = np.arange(256)[:, None].repeat(3, 1)
+RGB = np.asarray(colorize(blocks(0, 13, 8), "toy"))
+KEYED = Image.fromarray(RGB)
+KEYED.info["transparency"] = tuple(CITY[13].tolist())
+CLEAR_CAR = np.dstack([RGB, blocks(255, 0, 255)])                 # RGB and alpha
 
-@pytest.mark.parametrize("key", KEYS)
-def test_every_class_goes_to_ids_and_colours_and_back(tmp_path, key):
-    classes = data.class_table(key)
-    label = blocks([*range(len(classes.names)), 255])
-    back = data.read_layout(save(tmp_path / "colour.png", data.colorize(label, key)), key)
-    assert back.dtype == torch.int64 and back.shape == label.shape
-    expected = label.copy()
-    if key == "ade20k":  # its palette gives road and skyscraper one colour
-        expected[label == classes.names.index("skyscraper")] = classes.names.index("road")
-        path = palette_png(tmp_path / "a.png", blocks([7, 49]), [[0] * 3, *classes.palette])
-        assert read_blocks(path, key) == [6, 48]  # ids tell them apart
-    assert (back.numpy() == expected).all()
-    again = write_classes(tmp_path, data.classes_text(classes))
-    assert again.names == classes.names and again.ade == classes.ade
-    assert (again.palette != classes.palette).any(1).sum() == (key == "ade20k")
-    file_id = {c: i for i, c in reversed(list(enumerate(classes.file_ids.tolist()))) if c >= 0}
-    ids = np.vectorize(file_id.get)(label).astype(np.uint8)
-    for name, kind in (("a.png", np.uint8), ("wide.png", np.uint16), ("wide.tif", np.int32)):
-        path = save(tmp_path / name, ids.astype(kind))
-        assert (data.read_layout(path, classes).numpy() == label).all()
+
+@pytest.mark.parametrize("name, picture, want", [
+    ("a_labelIds.png", blocks(0, 7, 11, 33, 255), [255, 0, 2, 18, 255]),
+    ("a_labelIds.png", blocks(0, 7, 11), [255, 0, 2]),                     # the name decides before the content
+    ("a_labelTrainIds.png", blocks(0, 7, 11, 255), [0, 7, 11, 255]),
+    ("a.png", blocks(7, 11, 26), [0, 2, 13]),                              # 26 is a labelId
+    ("a.png", blocks(7, 11, 255), [7, 11, 255]),                           # nothing above 18: train ids
+    ("a.tif", blocks(26, -1, kind=np.int32), [13, 255]),                   # -1: Cityscapes' licence plate
+    # Palettes: ids, or the dataset's colours.
+    ("p.png", blocks(0, 2, 18, palette=CITY), [0, 2, 18]), ("p.png", blocks(0, 2, 255, palette=FOREIGN), [0, 2, 255]),
+    ("p.png", blocks(0, 2, 1, palette=0 * GREYS), [0, 2, 1]), ("p.png", blocks(18, 7, palette=GREYS), [18, 7]),
+    ("p.png", blocks(0, 2, 3, palette=MOVED), [13, 10, 2]), ("p.png", blocks(40, 41, palette=CITY[[8] * 42]), [8, 8]),
+    ("p.png", blocks(0, 2, 3, palette=MOVED + 9), [0, 2, 3]), ("p.png", blocks(0, 5, palette=FURTHER), [13, 255]),
+    ("p.png", blocks(0, 1, 2, 13, palette=IN_ORDER), [0, 1, 2, 13]),
+    ("p.png", blocks(0, 1, 2, 13, palette=ONE_BY_CHANCE), [0, 1, 2, 13]),
+    ("p.png", blocks(7, 11, 26, 0, palette=LABEL_IDS), [0, 2, 13, 255]),
+    # Transparent pixels are void: by alpha; by tRNS, which holds a colour, a grey value, an index or alphas.
+    ("a.png", CLEAR_CAR, [0, 255, 8]), ("a.png", KEYED, [0, 255, 8]),
+    ("a.png", np.dstack([blocks(7, 8), blocks(255, 0)]), [7, 255]),
+    ("a.png", blocks(7, 8, clear=8), [7, 255]), ("a.png", blocks(7, 8, clear=8, kind=np.uint16), [7, 255]),
+    ("p.png", blocks(0, 2, palette=CITY, clear=2), [0, 255]),
+    ("p.png", blocks(0, 2, palette=FOREIGN, clear=2), [0, 255]),
+    ("p.png", blocks(0, 2, palette=CITY, clear=b"\xff\xff\0"), [0, 255])])
+def test_layouts_that_are_read(tmp_path, name, picture, want):
+    assert read_blocks(save(tmp_path / name, picture)) == want
+
+
+@pytest.mark.parametrize("key, name, picture, words", [
+    ("ade20k", "a.png", blocks(0, 150, 151, 151, 200), ["768 pixels", "often 151", "ids 0-150, 255"]),
+    ("coco", "a.png", blocks(0, 182), ["256 pixels", "182", "ids 0-181, 255"]),
+    ("coco", "a.png", blocks(1000, kind=np.uint16), ["256 pixels", "1000"]),
+    ("toy", "a_labelTrainIds.png", blocks(7, 26), ["26", "ids 0-18, 255"]),
+    ("toy", "a_labelIds.png", blocks(7, 34), ["34", "ids 0-33, 255"]),
+    ("toy", "a.png", RGB[..., ::-1], ["RGB"]), ("toy", "a.jpg", RGB, ["PNG"]), ("toy", "a.jpg", blocks(7), ["mode L"]),
+    ("toy", "a.png", np.hstack([RGB, np.full((16, 1, 3), 5, np.uint8)]), ["16 pixels", "[5, 5, 5]"]),
+    ("toy", "a.png", Image.fromarray(RGB).resize((200, 200), Image.BICUBIC), ["resized by nearest"]),
+    ("toy", "a.png", np.dstack([blocks(7, 26)] * 3), ["ids in a single channel"]),
+    ("toy", "a.png", blocks(7).resize((20, 7)), ["20 x 7"]),
+    ("toy", "a.png", Image.new("1", (14000, 14000)), ["64 Mpixel"]),
+    ("toy", "a.png", CLEAR_CAR // 2, ["512 pixels are half transparent"]),
+    # A palette in another order is never read by its index.
+    ("toy", "p.png", blocks(0, 1, 2, palette=MOVED + [[0], [1], [0], [0]]), ["another order", "(129, 65, 129)"]),
+    ("toy", "p.png", blocks(0, 1, 2, 3, palette=MOVED + 8), ["another order", "(8, 8, 150)"]),
+    ("toy", "p.png", blocks(0, 1, 2, 3, 4, palette=FURTHER), ["another order", "(1, 250, 3)"]),
+    ("toy", "p.png", blocks(0, 1, palette=FURTHER[[0, 4]]), ["another order", "(1, 250, 3)"]),
+    ("toy", "p.png", blocks(5, 0, 1, 4, palette=FURTHER), ["another order", "(1, 250, 3)"]),    # black does not count
+    ("toy", "p.png", blocks(0, 40, palette=FOREIGN), ["most often 40", "ids 0-18, 255"])])
+def test_layouts_that_are_refused(tmp_path, key, name, picture, words):
+    path = save(tmp_path / name, picture)
+    assert "\n" not in refuses_with([name, *words], read_layout, path, key)
+
+
+def test_files_that_are_no_images(tmp_path):
+    whole = save(tmp_path / "a.png", np.random.default_rng(0).integers(0, 19, (64, 64)).astype(np.uint8)).read_bytes()
+    for content in (b"", whole[:len(whole) // 2], whole[:200] + bytes([whole[200] ^ 255]) + whole[201:]):
+        (tmp_path / "a.png").write_bytes(content)
+        assert "\n" not in refuses_with(["a.png: cannot be read"], read_layout, tmp_path / "a.png", "toy")
+    refuses_with(["b.png", "No such file"], read_layout, tmp_path / "b.png", "toy")
+    refuses_with([str(tmp_path), "Is a directory"], read_layout, tmp_path, "toy")
 
 
 def test_real_cityscapes_frame():
@@ -1127,176 +1184,40 @@ def test_real_cityscapes_frame():
     if not root.exists():
         pytest.skip("no ../shared/cityscapes_sample here")
     stem = root / "gtFine/val/frankfurt/frankfurt_000000_000576_gtFine"
-    ids, colour, train = (data.read_layout(f"{stem}_{kind}.png", "cityscapes")
+    ids, colour, train = (read_layout(f"{stem}_{kind}.png", "cityscapes")
                           for kind in ("labelIds", "color", "labelTrainIds"))
-    assert ids.shape == (1024, 2048) and (ids == colour).all()
-    assert 0 < (ids != train).float().mean() < 0.004
+    assert ids.shape == (1024, 2048) and (ids == colour).all() and 0 < (ids != train).float().mean() < 0.004
     image, label = data.Pairs("cityscapes", root, "val").full(0)
     assert image.shape == (3, 512, 1024) and label.shape == (512, 1024)
 
 
-def test_cityscapes_kind_of_ids(tmp_path):
-    for name, values, want in (
-            ("a_labelIds.png", [0, 7, 11, 33, 255], [255, 0, 2, 18, 255]),
-            ("a_labelIds.png", [0, 7, 11], [255, 0, 2]),  # the name decides before the content
-            ("a_labelTrainIds.png", [0, 7, 11, 255], [0, 7, 11, 255]),
-            ("a.png", [7, 11, 26], [0, 2, 13]),  # 26 is a labelId
-            ("a.png", [7, 11, 255], [7, 11, 255])):  # nothing above 18: train ids
-        assert read_blocks(save(tmp_path / name, blocks(values)), "cityscapes") == want
-    minus = np.full((8, 8), -1, np.int32)
-    minus[0] = 26
-    path = save(tmp_path / "a.tif", minus)
-    assert data.read_layout(path, "cityscapes")[:2, 0].tolist() == [13, 255]
-
-
-def palette_png(path, ids, colours, **options):
-    image = Image.fromarray(np.asarray(ids, np.uint8), "P")
-    image.putpalette(np.asarray(colours, np.uint8).ravel().tolist())
-    image.save(path, **options)
-    return path
-
-
-CITY = data.class_table("cityscapes").palette.astype(int)
-MOVED = CITY[[13, 0, 10, 2]]  # car, road, sky, building
-FOREIGN = np.arange(768).reshape(256, 3) % 251
-FURTHER = np.concatenate([MOVED, [[1, 250, 3], [0, 0, 0]]])
-IN_ORDER = CITY + np.eye(19, 3, -2, int)  # colours a little off, each in its class's place
-ONE_BY_CHANCE = np.concatenate([np.arange(39).reshape(13, 3) * 4, CITY[:1]])
-LABEL_IDS = np.zeros((34, 3), int)
-LABEL_IDS[[7, 11, 26]] = CITY[[0, 2, 13]] + 2
-
-
-@pytest.mark.parametrize("ids, colours, want", [
-    ([0, 2, 13, 18], CITY, [0, 2, 13, 18]), ([0, 2, 13, 255], FOREIGN, [0, 2, 13, 255]),
-    ([0, 2, 13, 1], np.zeros((256, 3)), [0, 2, 13, 1]), ([0, 1, 2, 3], MOVED, [13, 0, 10, 2]),
-    ([40, 41], CITY[[8] * 42], [8, 8]), ([0, 1, 2, 3], FURTHER, [13, 0, 10, 2]),
-    ([0, 1, 2, 13], IN_ORDER, [0, 1, 2, 13]), ([0, 1, 2, 13], ONE_BY_CHANCE, [0, 1, 2, 13]),
-    ([0, 1, 2, 3], MOVED + 9, [0, 1, 2, 3]), ([7, 11, 26, 0], LABEL_IDS, [0, 2, 13, 255]),
-    ([18, 7, 0, 13], np.arange(256)[:, None].repeat(3, 1), [18, 7, 0, 13])])
-def test_a_palette_holds_ids_or_the_dataset_s_colours(tmp_path, ids, colours, want):
-    assert read_blocks(palette_png(tmp_path / "p.png", blocks(ids), colours), "cityscapes") == want
-
-
-@pytest.mark.parametrize("ids, colours, words", [
-    ([0, 1, 2, 3], MOVED + [[0], [1], [0], [0]], ["another order", "(129, 65, 129)"]),
-    ([0, 1, 2, 3], MOVED + 8, ["another order", "(8, 8, 150)"]),
-    ([0, 1, 2, 3, 4], FURTHER, ["another order", "(1, 250, 3)"]),
-    ([0, 1], FURTHER[[0, 4]], ["another order", "(1, 250, 3)"]),
-    ([5, 0, 1, 4], FURTHER, ["another order", "(1, 250, 3)"]),  # black is void and does not count
-    ([0, 40], FOREIGN, ["most often 40", "ids 0-18, 255"])])
-def test_a_palette_in_another_order_is_never_read_by_its_index(tmp_path, ids, colours, words):
-    path = palette_png(tmp_path / "p.png", blocks(ids), colours)
-    refuses_with(lambda: data.read_layout(path, "cityscapes"), "p.png", *words)
-
-
-def test_transparent_pixels_are_void(tmp_path):
-    """By alpha; by PNG's tRNS: a palette index, alphas of the palette, a colour, a grey value."""
-    rgba = np.asarray(data.colorize(blocks([13, 0, 8]), "toy").convert("RGBA")).copy()
-    rgba[:, :16] = (1, 2, 3, 0)
-    rgb = rgba[..., :3]
-    path, pal = tmp_path / "a.png", data.class_table("toy").palette
-    assert read_blocks(save(path, rgba), "toy") == [255, 0, 8]
-    assert read_blocks(save(path, rgb, transparency=(1, 2, 3)), "toy") == [255, 0, 8]
-    la = np.stack([blocks([7, 8]), blocks([255, 0])], -1)
-    assert read_blocks(save(path, la, "LA"), "toy") == [7, 255]
-    for grey in blocks([7, 8]), blocks([7, 8]).astype(np.uint16):
-        assert read_blocks(save(path, grey, transparency=8), "toy") == [7, 255]
-    for colours, transparency in ((pal, 2), (pal, b"\xff\xff\0"), (FOREIGN, 2)):
-        palette_png(path, blocks([0, 2, 8]), colours, transparency=transparency)
-        assert read_blocks(path, "toy") == [0, 255, 8]
-    palette_png(path, blocks([0, 2, 8]), pal, transparency=b"\xff\xff\x90")
-    refuses_with(lambda: data.read_layout(path, "toy"), "256 pixels are half transparent")
-
-
-def test_read_layout_refuses_files_that_are_no_images(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 19, (64, 64)).astype(np.uint8)
-    whole = save(tmp_path / "whole.png", noise).read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[:len(whole) // 2])
-    (tmp_path / "flipped.png").write_bytes(whole[:200] + bytes([whole[200] ^ 255]) + whole[201:])
-    (tmp_path / "empty.png").touch()
-    (tmp_path / "folder").mkdir()
-    save(tmp_path / "small.png", noise[:7, :20])
-    Image.new("1", (14000, 14000)).save(tmp_path / "bomb.png")
-    Image.new("CMYK", (16, 16)).save(tmp_path / "cmyk.jpg")
-    save(tmp_path / "grey.jpg", noise)
-    for name, word in (("none.png", "No such file"), ("folder", "a folder"), ("empty.png", ""),
-                       ("cut.png", "image"), ("flipped.png", "image"), ("small.png", "20 x 7"),
-                       ("bomb.png", "64 Mpixel"), ("cmyk.jpg", "CMYK"), ("grey.jpg", "mode L")):
-        text = refuses_with(lambda: data.read_layout(tmp_path / name, "toy"), name, word)
-        assert "\n" not in text
-    refuses_with(lambda: data.open_image(tmp_path / "cut.png", decode=False), "cut.png")
-
-
-def test_read_layout_refuses_ids_and_colours_it_does_not_know(tmp_path):
-    rgb = np.asarray(data.colorize(blocks([0, 13, 8, 10]), "toy")).copy()
-    wrong = rgb.copy()
-    wrong[:3, :5] = (0, 5, 140)
-    smooth = np.asarray(Image.fromarray(rgb).resize((200, 200), Image.BICUBIC))
-    wide = blocks([0]).astype(np.uint16) + 1000
-    for key, name, array, words in (
-            ("ade20k", "a.png", blocks([0, 150, 151, 151, 200]), ("768", "151", "ids 0-150, 255")),
-            ("coco", "a.png", blocks([0, 182]), ("256 pixels", "182", "ids 0-181, 255")),
-            ("coco", "a.png", wide, ("256 pixels", "1000")),
-            ("toy", "a_labelTrainIds.png", blocks([7, 26]), ("26", "ids 0-18, 255")),
-            ("toy", "a_labelIds.png", blocks([7, 34]), ("34", "ids 0-33, 255")),
-            ("toy", "a.png", rgb[..., ::-1], ("RGB",)), ("toy", "a.jpg", rgb, ("PNG",)),
-            ("toy", "a.png", wrong, ("15 pixels", "[0, 5, 140]")),
-            ("toy", "a.png", smooth, ("resized by nearest",)),
-            ("toy", "a.png", np.stack([blocks([7, 26])] * 3, -1), ("ids in a single channel",))):
-        path = save(tmp_path / name, array)
-        assert "\n" not in refuses_with(lambda: data.read_layout(path, key), name, *words)
-
-
-# photos
-
-def test_photos_of_16_bits_are_scaled(tmp_path):
-    grey = np.repeat(np.array([[0, 255, 0x1234, 0x8000, 0xffff]], np.uint16), 8, 0).repeat(8, 1)
-    for name, kind in (("grey.png", np.uint16), ("grey.tif", np.int32)):
-        image = np.asarray(data.read_image(save(tmp_path / name, grey.astype(kind))))
-        assert image.shape == (8, 40, 3) and image[0, ::8, 0].tolist() == [0, 0, 0x12, 0x80, 255]
-
-
-@pytest.mark.parametrize("orientation, corner", [(1, 0), (3, 3), (6, 2), (8, 1)])
-def test_exif_orientation_is_obeyed(tmp_path, orientation, corner):
-    """corner: which of the file's corners is the upright top left."""
-    array = np.zeros((32, 48, 3), np.uint8)
-    for i, value in enumerate((40, 100, 160, 220)):
-        array[i // 2 * 16:i // 2 * 16 + 16, i % 2 * 24:i % 2 * 24 + 24] = value
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_photos_are_turned_upright_and_16_bits_are_scaled(tmp_path, suffix):
     exif = Image.Exif()
-    exif[0x112] = orientation
-    for suffix in "jpg", "png", "tif":
-        path = save(tmp_path / f"a.{suffix}", array, exif=exif)
-        image = data.read_image(path)
-        assert image.size == ((48, 32) if orientation < 5 else (32, 48))
-        assert image.size == data.open_image(path, decode=False).size
-        assert abs(int(np.asarray(image)[4, 4, 0]) - (40, 100, 160, 220)[corner]) < 4
+    exif[0x112] = 6                                               # the file's lower left is the upright top left
+    corners = np.array([[40, 100], [160, 220]], np.uint8).repeat(16, 0).repeat(24, 1)[..., None].repeat(3, 2)
+    image = data.read_image(save(tmp_path / f"a.{suffix}", corners, exif=exif))
+    assert image.size == (32, 48) and abs(np.asarray(image)[4, 4, 0].astype(int) - 160) < 4
+    if suffix != "jpg":
+        grey = blocks(0, 255, 0x1234, 0x8000, 0xffff, kind=np.uint16 if suffix == "png" else np.int32)
+        image = np.asarray(data.read_image(save(tmp_path / f"grey.{suffix}", grey)))
+        assert image.shape == (16, 80, 3) and image[0, ::16, 0].tolist() == [0, 0, 0x12, 0x80, 255]
 
 
 def test_find_images(tmp_path):
     for name in ("b.PNG", "a.png", ".hidden.png", "c.txt", "d.jpg", "e.JPEG"):
         (tmp_path / name).touch()
     assert [f.name for f in data.find_images(tmp_path)] == ["a.png", "b.PNG"]
-    photos = data.find_images(tmp_path, suffixes=data.PICTURES)
-    assert [f.name for f in photos] == ["a.png", "b.PNG", "d.jpg", "e.JPEG"]
+    names = [f.name for f in data.find_images(tmp_path, suffixes=data.PICTURES)]
+    assert names == ["a.png", "b.PNG", "d.jpg", "e.JPEG"]
     (tmp_path / os.fsdecode(b"stra\xdfe.png")).touch()
-    refuses_with(lambda: data.find_images(tmp_path), "not UTF-8").encode()
-
-
-# captions
-
-def test_compose_caption():
-    names = data.class_table("cityscapes").names
-    label = torch.full((32, 32), 10)
-    label[:8], label[:2], label[0, 0] = 0, 13, 255
-    assert data.compose_caption(label, names) == "a photo of sky, road and car"
-    assert data.compose_caption(torch.full((8, 8), 255), names) == "a photo"
+    refuses_with(["not UTF-8"], data.find_images, tmp_path).encode()
 
 
 def test_captions_of_a_folder(tmp_path):
     root = custom(tmp_path, 3)
     file = root / "captions.json"
-    captions = {"p0.png": "a", "train/p1.JPG": ["b", "c", "d"], "p9": "e"}
-    file.write_text(json.dumps(captions), "utf-8-sig")
+    file.write_text(json.dumps({"p0.png": "a", "train/p1.JPG": ["b", "c", "d"], "p9": "e"}), "utf-8-sig")
     pairs = data.Pairs(root, size=32)
     assert pairs.captions == {"p0": "a", "p1": ["b", "c", "d"], "p9": "e"}
     assert pairs[0]["caption"] == pairs[0, 5]["caption"] == "a" and pairs[1]["caption"] == "b"
@@ -1306,7 +1227,10 @@ def test_captions_of_a_folder(tmp_path):
     file.rename(tmp_path / "mine.json")
     assert data.Pairs(root, size=32, captions=tmp_path / "mine.json")[0]["caption"] == "a"
     file.write_text('{"x0": "a"}')
-    refuses_with(lambda: data.Pairs(root, size=32), "'x0'", "'p0'", "none of the 3")
+    refuses_with(["'x0'", "'p0'", "none of the 3"], data.Pairs, root, size=32)
+    names = class_table("cityscapes").names
+    assert data.compose_caption(blocks(10, 0, 13, 10, 0, 10, 255), names) == "a photo of sky, road and car"
+    assert data.compose_caption(blocks(255), names) == "a photo"
 
 
 def test_cocos_own_captions(tmp_path):
@@ -1315,63 +1239,50 @@ def test_cocos_own_captions(tmp_path):
     (tmp_path / "annotations").mkdir()
     file = tmp_path / "annotations/captions_train2017.json"
     file.write_text(json.dumps({"images": images, "annotations": captions}))
-    want = {"000001": ["y"], "000002": ["x", "z"]}
-    assert data.read_captions(tmp_path, "train") == want
+    assert data.read_captions(tmp_path, "train") == {"000001": ["y"], "000002": ["x", "z"]}
     assert data.read_captions(tmp_path, "val") == {}
 
 
 @pytest.mark.parametrize("content", [
     b"{", b"[1]", b"3", b'{"p3": 1}', b'{"p3": []}', b'{"p3": ["a", 1]}', b'{"p3": "stra\xdfe"}',
-    b'{"p3": "\\udc80"}', b'{"images": [{}], "annotations": []}'])
+    b'{"p3": "\\udc80"}', b'{"images": [{}], "annotations": []}', None])
 def test_captions_that_cannot_be_read(tmp_path, content):
     file = tmp_path / "c.json"
-    file.write_bytes(content)
-    assert "\n" not in refuses_with(lambda: data.read_captions(tmp_path, "val", file), "c.json")
-    file.unlink()
-    refuses_with(lambda: data.read_captions(tmp_path, "val", file), "c.json")
+    if content:
+        file.write_bytes(content)
+    assert "\n" not in refuses_with(["c.json"], data.read_captions, tmp_path, "val", file)
 
-
-# the toy world
 
 @pytest.mark.parametrize("domain, value", [
-    ("day", "45f8a39ce5b54000987870157b8b1d7619fc04a06a8ff3525f99596317c77559"),
-    ("night", "d3178c273b540ff60a5cb96fd577d54147d1ceb114c19fdd7f7fd39c8d018233"),
-    ("fog", "a965a68726175a4003c0bdad0abd663b58e4653cdaec9743dd6eb9c045d68761"),
-    ("snow", "08ba43569f694f45421a7398919ddc04f155856a70d72c3bcc3dba381cd24e38"),
-    ("rain", "2c1d94c59e117c42151c8785104df9da5cf375a2e99196fcd7ab874d108cc56b")])
+    ("day", "45f8a39ce5b54000"), ("night", "d3178c273b540ff6"), ("fog", "a965a68726175a40"),
+    ("snow", "08ba43569f694f45"), ("rain", "2c1d94c59e117c42")])
 def test_toy_scenes_are_those_that_the_shipped_weights_were_trained_on(domain, value):
     digest = hashlib.sha256()
     for seed in (*range(20), *range(10_000_000, 10_000_010)):
-        image, label, caption = data.toy_scene(seed, domain)
+        image, label, caption = toy_scene(seed, domain)
         digest.update(image.tobytes() + label.tobytes() + caption.encode())
-    assert digest.hexdigest() == value
+    assert digest.hexdigest().startswith(value)
 
 
 def test_toy_items():
-    toy = data.Toy("val", ("night", "fog"), 6)
-    image, label, caption = data.toy_scene(10_000_003, "fog")
+    toy = Toy("val", ("night", "fog"), 6)
+    image, label, caption = toy_scene(10_000_003, "fog")
     item = toy[3]
     assert len(toy) == 6 and item["name"] == "toy_10000003" and item["caption"] == caption
-    restored = ((item["image"] + 1) * 127.5).round().byte()
-    assert torch.equal(restored, torch.from_numpy(image).permute(2, 0, 1))
+    assert torch.equal(((item["image"] + 1) * 127.5).round().byte(), torch.from_numpy(image).permute(2, 0, 1))
     assert torch.equal(item["label"], torch.from_numpy(label).long())
     assert (toy.images[3] == image).all() and (toy.labels[3] == label).all()
     assert toy.captions["toy_10000003"] == caption and list(toy.captions) == toy.names
-    assert (label == data.toy_scene(10_000_003)[1]).all()  # the domains show the same street
+    assert (label == toy_scene(10_000_003)[1]).all()              # the domains show the same street
     flipped = next(toy[3, seed] for seed in range(20) if toy[3, seed]["flip"])
-    assert torch.equal(flipped["image"], item["image"].flip(-1))
-    assert torch.equal(flipped["label"], item["label"].flip(-1))
-    still = data.Toy("val", length=1, augment=False)
-    assert not any(still[0, seed]["flip"] for seed in range(20))
-    refuses_with(lambda: data.Toy("test"), "test")
-    refuses_with(lambda: data.open_dataset("toy:dusk"), "dusk")
-    refuses_with(lambda: data.open_dataset("toy", size=512), "64")
-    stamps = {data.open_dataset(key, None, split).stamp()
-              for key in ("toy", "toy:night", "toy:all") for split in ("train", "val")}
-    assert len(stamps) == 6 and toy.stamp() == data.Toy("val", ("night", "fog"), 6).stamp()
+    assert all(torch.equal(flipped[key], item[key].flip(-1)) for key in ("image", "label"))
+    assert not any(Toy("val", length=1, augment=False)[0, seed]["flip"] for seed in range(20))
+    for word, options in (("test", dict(split="test")), ("dusk", dict(data="toy:dusk")), ("64", dict(size=512))):
+        refuses_with([word], open_dataset, **{"data": "toy", **options})
+    stamps = [open_dataset(key, None, split).stamp()
+              for key in ("toy", "toy:night", "toy:all") for split in ("train", "val")]
+    assert len(set(stamps)) == 6 and toy.stamp() == Toy("val", ("night", "fog"), 6).stamp()
 
-
-# pairs on disk
 
 def same_items(a, b):
     assert a.keys() == b.keys()
@@ -1379,50 +1290,42 @@ def same_items(a, b):
         assert torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k], k
 
 
-def data_main(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, args)])
-    data.main()
-
-
 @pytest.mark.parametrize("form", ["cityscapes", "acdc", "path"])
-def test_written_toy_world_reads_back_as_the_same_batches(tmp_path, form, monkeypatch):
-    data_main(monkeypatch, "--write-toy", tmp_path, "--format", form, "--n", 7,
-              "--domains", "fog,rain")
-    toy = data.Toy("train", ("fog", "rain"), 7)
-    source = tmp_path if form == "path" else "cityscapes"
-    pairs = data.open_dataset(source, tmp_path, size=64, grid=4)
+def test_written_toy_world_reads_back_as_the_same_batches(tmp_path, form):
+    launch(data, "--write-toy", tmp_path, "--format", form, "--n", 7, "--domains", "fog,rain")
+    toy = Toy("train", ("fog", "rain"), 7)
+    pairs = open_dataset(tmp_path if form == "path" else "cityscapes", tmp_path, size=64, grid=4)
     assert len(pairs) == 7 and pairs.classes.names == toy.classes.names
-    for a, b, _ in zip(data.batches(toy, 4, 0), data.batches(pairs, 4, 0), range(4)):
+    for a, b in zip(take(4, toy, 4, 0), take(4, pairs, 4, 0)):
         same_items(a, b)
     if form == "acdc":
-        rain = data.open_dataset("cityscapes:rain", tmp_path, size=64, grid=4)
+        rain = open_dataset("cityscapes:rain", tmp_path, size=64, grid=4)
         assert rain.names == toy.names[1::2] and rain.classes.key == "cityscapes"
-        refuses_with(lambda: data.open_dataset("cityscapes:snow", tmp_path), "snow/", "acdc.vision")
+        refuses_with(["snow/", "acdc.vision"], open_dataset, "cityscapes:snow", tmp_path)
 
 
-def test_command_line(tmp_path, monkeypatch, capsys):
-    data_main(monkeypatch, "--show", tmp_path / "world.png")
-    with Image.open(tmp_path / "world.png") as picture:
-        assert picture.size == (8 * 128, 6 * 128)
-    for bad in (["--write-toy", tmp_path, "--domains", "dusk"], ["--write-toy", tmp_path, "--n", 0],
-                ["--show", tmp_path / "no/world.png"], []):
+def test_command_line(tmp_path, capsys):
+    def fails(*argv):
         with pytest.raises(SystemExit) as caught:
-            data_main(monkeypatch, *bad)
+            launch(data, *argv)
         error = capsys.readouterr().err
         assert caught.value.code == 2 and error.count("\n") == 1 and error.startswith("data.py: ")
-    assert [f.name for f in tmp_path.iterdir()] == ["world.png"]
 
-
-def test_a_full_disk_leaves_nothing_half_written(tmp_path):
-    def limit():  # as a disk with room for small files alone
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-    (tmp_path / "world.png").write_text("what was there before")
-    for args in (["--show", tmp_path / "world.png"], ["--write-toy", tmp_path / "toy", "--n", 3]):
-        text = run("data.py", *args, code=2, preexec_fn=limit)
-        assert text.startswith("data.py: ") and text.count("\n") == 1
-    assert [f.name for f in tmp_path.rglob("*") if f.is_file()] == ["world.png"]
-    assert (tmp_path / "world.png").read_text() == "what was there before"
+    picture = tmp_path / "world.png"
+    launch(data, "--show", picture)
+    assert data.open_image(picture).size == (8 * 128, 6 * 128)
+    shown = picture.read_bytes()
+    for bad in (["--write-toy", tmp_path, "--domains", "dusk"], ["--write-toy", tmp_path, "--n", 0],
+                ["--show", tmp_path / "no/world.png"], []):
+        fails(*bad)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # as a full disk: there is room for small files alone
+    try:
+        fails("--show", picture)
+        fails("--write-toy", tmp_path / "toy", "--n", 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [f for f in tmp_path.rglob("*") if f.is_file()] == [picture] and picture.read_bytes() == shown
 
 
 @pytest.mark.parametrize("moment", ["imports", "work"])
@@ -1441,14 +1344,12 @@ def test_ctrl_c_ends_data_py_without_a_traceback(tmp_path, moment):
     assert process.returncode == 130 and error == "" and not list(tmp_path.rglob(".*"))
 
 
-def custom(root, n=5, size=(40, 56)):
-    """A folder dataset: smooth pictures, ids as labels, no captions."""
-    (root / "images").mkdir(parents=True)
-    (root / "classes.txt").write_text("sand\nsea 0 0 200\n")
+def custom(root, n=5):
+    """A folder dataset: smooth pictures of 40 x 56, ids as labels, no captions."""
+    write_classes(root, "sand\nsea 0 0 200\n")
+    y, x = np.mgrid[:40, :56].astype(np.uint8)
     for i in range(n):
-        y, x = np.mgrid[:size[0], :size[1]]
-        picture = np.stack([4 * x, 6 * y, 0 * x + 40 * i], -1).astype(np.uint8)
-        save(root / f"images/p{i}.png", picture)
+        save(root / f"images/p{i}.png", np.dstack([4 * x, 6 * y, 0 * x + 40 * i]))
         save(root / f"labels/p{i}.png", (x > y).astype(np.uint8))
     return root
 
@@ -1456,25 +1357,24 @@ def custom(root, n=5, size=(40, 56)):
 def test_a_folder_of_ones_own(tmp_path):
     root = custom(tmp_path)
     pairs = data.Pairs(root, size=32, grid=8)
-    assert len(pairs) == 5 and pairs.classes.names == ("sand", "sea")
+    assert pairs.classes.names == ("sand", "sea") and pairs[2]["caption"] == "a photo of sea and sand"
     image, label = pairs.full(1)
-    assert image.shape == (3, 32, 48) and label.shape == (32, 48)  # 44.8 rounds to a multiple of 8
-    assert pairs[2]["caption"] == "a photo of sea and sand"
+    assert image.shape == (3, 32, 48) and label.shape == (32, 48)             # 44.8 rounds to a multiple of 8
     corners = set()
     for seed in range(30):
         item = pairs[1, seed]
-        flip, top, left = (item[key] for key in ("flip", "top", "left"))
+        flip, top, left = pairs.window(1, seed)
+        assert (item["flip"], item["top"], item["left"]) == (flip, top, left)
         whole, whole_label = pairs.full(1, flip)
         assert torch.equal(item["image"], whole[:, top:top + 32, left:left + 32])
         assert torch.equal(item["label"], whole_label[top:top + 32, left:left + 32])
-        assert pairs.window(1, seed) == (flip, top, left)
         corners.add((flip, top, left))
     assert corners == set(itertools.product((False, True), (0,), (0, 8, 16)))
     assert pairs.window(1) == data.Pairs(root, size=32, augment=False).window(1, 5) == (False, 0, 8)
-    refuses_with(lambda: data.Pairs(root, size=30), "30", "multiple")
+    refuses_with(["30", "multiple"], data.Pairs, root, size=30)
 
 
-CITY_FILES = {  # file -> what its label holds; one picture has both kinds of ids
+CITY_FILES = {                                        # file -> what its label holds; one picture has both kinds of ids
     "gtFine/train/ulm/u_gtFine_labelIds": 7, "gtFine/train/ulm/u_gtFine_labelTrainIds": 5,
     "gtFine/train/bonn/b_gtFine_labelTrainIds": 7, "leftImg8bit/train/ulm/u_leftImg8bit": None,
     "leftImg8bit/train/bonn/b_leftImg8bit": None, "rgb_anon/night/train/G/n_rgb_anon": None,
@@ -1490,15 +1390,14 @@ CITY_FILES = {  # file -> what its label holds; one picture has both kinds of id
     ("own", "val", {"images/val/p": None, "labels/val/p": 1, "images/train/q": None}, ["p"], [1])])
 def test_folders_of_data_sets(tmp_path, monkeypatch, key, split, files, names, classes):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "own").mkdir()
-    write_classes(tmp_path / "own", "a\nb")
     for name, value in files.items():
         shape = (32, 64, 3) if value is None else (32, 64)
         save(tmp_path / "own" / f"{name}.png", np.full(shape, value or 0, np.uint8))
+    write_classes(tmp_path / "own", "a\nb")
     pairs = data.Pairs(key, "own", split, size=32)
-    assert pairs.names == names and pairs.shape(0) == (32, 64)
+    assert pairs.names == names and set(pairs.shapes.values()) == {(32, 64)}
     assert [int(pairs.full(i)[1].unique()) for i in range(len(pairs))] == classes
-    text = refuses_with(lambda: data.Pairs(key, "own", "test"), key, "own/", "test")
+    text = refuses_with([key, "own/", "test"], data.Pairs, key, "own", "test")
     assert ".zip" in text or key == "own"
 
 
@@ -1511,53 +1410,45 @@ def test_broken_pairs_are_reported_together(tmp_path, capsys):
     save(root / "labels/p4.png", np.zeros((40, 55), np.uint8))
     words = ("5 of 6 pairs", "p0: an image without a label", "p1: a label without an image",
              "p2.png", "p3.png: 2240 pixels", "p4: a label of 55 x 40", "--skip-broken")
-    refuses_with(lambda: data.Pairs(root, size=32), *words)
-    assert data.Pairs(root, size=32, skip_broken=True).names == ["p5"]
-    assert words[0] in capsys.readouterr().err
+    refuses_with(words, data.Pairs, root, size=32)
+    assert data.Pairs(root, size=32, skip_broken=True).names == ["p5"] and words[0] in capsys.readouterr().err
     (root / "images/p5.png").write_bytes(b"")
-    refuses_with(lambda: data.Pairs(root, size=32, skip_broken=True), "6 of 6 pairs")
+    refuses_with(["6 of 6 pairs"], data.Pairs, root, size=32, skip_broken=True)
 
 
 def test_stamp_changes_with_every_file(tmp_path):
-    root = custom(tmp_path / "d", 3)
-    changes = (
-        lambda: None, lambda: os.utime(root / "labels/p1.png", ns=(1, 1)),
-        lambda: [(root / k / "p0.png").rename(root / k / "p5.png") for k in ("images", "labels")],
-        lambda: (root / "captions.json").write_text('{"p1": "a beach"}'),
-        lambda: write_classes(root, "sand\nocean 0 0 200"))
-    stamps = set()
-    for change in changes:
+    root = custom(tmp_path, 3)
+    stamps = []
+    for change in (lambda: None, lambda: os.utime(root / "labels/p1.png", ns=(1, 1)),
+                   lambda: [(root / k / "p0.png").rename(root / k / "p5.png") for k in ("images", "labels")],
+                   lambda: (root / "captions.json").write_text('{"p1": "a beach"}'),
+                   lambda: write_classes(root, "sand\nocean 0 0 200")):
         change()
-        stamps.add(data.Pairs(root, size=32).stamp())
-        assert data.Pairs(root, size=32).stamp() in stamps
-    assert len(stamps) == 5
+        stamps += [data.Pairs(root, size=32).stamp() for _ in range(2)]
+    assert stamps[::2] == stamps[1::2] and len(set(stamps)) == 5
 
-
-# batches
 
 def take(n, *args, **kw):
-    return [b for b, _ in zip(data.batches(*args, **kw), range(n))]
+    return list(itertools.islice(data.batches(*args, **kw), n))
 
 
-def test_batches_depend_on_seed_and_step_alone(tmp_path):
-    toy = data.Toy("val", length=10)
+def test_batches_depend_on_seed_and_step_alone():
+    toy = Toy("val", length=10)
     torch.manual_seed(7)
     run = take(8, toy, 4, seed=3)
-    assert torch.equal(torch.rand(1), torch.manual_seed(7) and torch.rand(1))  # left untouched
+    assert torch.equal(torch.rand(1), torch.manual_seed(7) and torch.rand(1))         # left untouched
     assert run[0]["image"].shape == (4, 3, 64, 64) and run[0]["label"].dtype == torch.int64
-    for a, b in zip(run[5:], take(3, toy, 4, seed=3, start=5)):  # resumed
-        same_items(a, b)
-    for a, b in zip(run, take(8, toy, 4, seed=3, workers=2)):
-        same_items(a, b)
-    halves = [take(8, toy, 2, seed=3, rank=r, world=2) for r in (0, 1)]  # two ranks share batches
+    for a, b in zip(run[5:] + run, take(3, toy, 4, seed=3, start=5) + take(8, toy, 4, seed=3, workers=2)):
+        same_items(a, b)                                                              # resumed; by workers
+    halves = [take(8, toy, 2, seed=3, rank=r, world=2) for r in (0, 1)]               # two ranks share batches
     for whole, left, right in zip(run, *halves):
         assert torch.equal(whole["image"], torch.cat([left["image"], right["image"]]))
         assert whole["name"] == left["name"] + right["name"]
     order = torch.cat([b["index"] for b in run]).tolist()
     assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
-    assert order[:10] != order[10:20]  # every epoch in its own order
+    assert order[:10] != order[10:20]                                                 # every epoch in its own order
     assert order != torch.cat([b["index"] for b in take(8, toy, 4, seed=4)]).tolist()
-    small = take(1, data.Toy("val", length=3), 8, seed=0)[0]  # larger than the dataset
+    small = take(1, Toy("val", length=3), 8, seed=0)[0]                               # larger than the dataset
     assert sorted(torch.bincount(small["index"]).tolist()) == [2, 3, 3]
 
 
@@ -1567,7 +1458,7 @@ def test_a_file_that_gets_lost_in_the_middle_is_named(tmp_path, workers, kind):
     source = data.batches(data.Pairs(root, size=32), 4, seed=0, workers=workers)
     next(source)
     (root / kind / "p2.png").unlink()
-    text = refuses_with(lambda: [next(source) for _ in range(20)], f"{kind}/p2.png", "No such file")
+    text = refuses_with([f"{kind}/p2.png", "No such file"], lambda: [next(source) for _ in range(20)])
     assert text.startswith(str(root)) and "\n" not in text
 
 

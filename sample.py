@@ -33,6 +33,7 @@ import zlib
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import open_clip
@@ -597,11 +598,10 @@ def summarize_judgement(found, names, unjudged):
             result[f"IoU_{kind}"] = dict(zip(names, map(rounded, iou.tolist())))
     real = torch.cat([features for features, _ in found["real"]])
     fake = torch.cat([features for features, _ in found["generated"]])
-    result |= dict(frechet_distance=None, precision=None, recall=None)      # too few to tell
-    if len(real) > 1:
+    result |= dict(frechet_distance=None, precision=None, recall=None)
+    if len(real) > 3:       # else too few to tell
         moments = real.mean(0), torch.cov(real.T), fake.mean(0), torch.cov(fake.T)
         result["frechet_distance"] = rounded(frechet_distance(*moments))
-    if len(real) > 3:
         result["precision"] = rounded(share_among(fake, real))
         result["recall"] = rounded(share_among(real, fake))
     return result
@@ -771,41 +771,32 @@ def device_name(device):
 # -- the page to paint layouts on ------------------------------------------------------------------
 
 PAGE = ASSETS / "paint.html"
-BODY = 4 * 2 ** 20      # bytes of a request at most; a painted 512 x 1024 takes a small part of it
+BODY = 4 * 2 ** 20      # bytes of a layout at most; a painted 512 x 1024 takes a small part of it
 PREVIEWS = 6            # estimates decoded on the way: on a CPU that takes as long as a step
 POLICY = ("default-src 'self' 'unsafe-inline' data:; base-uri 'none'; form-action 'none'; "
           "frame-ancestors 'none'")
 
 
-def read_request(raw, classes):
-    """The body of a request -> its layout [H,W], and the object with the other fields."""
-    try:
-        given = dict(json.loads(raw))
-        png = base64.b64decode(given.get("layout"), validate=True)
-    except (ValueError, TypeError, RecursionError):
-        raise InputError("the request is no JSON object with a layout, a PNG in base64") from None
+def read_bytes(content, name, classes):
+    """What is in a layout's file of this name -> label [H,W]."""
     # read_layout takes files, and their names tell the kinds of ids
-    kind = re.search("labelTrainIds|labelIds|$", str(given.get("name")))[0]
+    kind = re.search("labelTrainIds|labelIds|$", name)[0]
     with tempfile.NamedTemporaryFile(suffix=f"_{kind}.png") as file:
-        file.write(png)
+        file.write(content)
         file.flush()
         try:
-            return read_layout(file.name, classes), given
+            return read_layout(file.name, classes)
         except InputError as error:
             raise InputError(str(error).replace(file.name, "the layout")) from None
 
 
 def read_words(given):
-    """The other fields of a request, checked -> prompt, negative, seed, steps, cfg."""
-    words = {}
-    for key in ("prompt", "negative"):
-        words[key] = given.get(key, "")
-        if not isinstance(words[key], str) or len(words[key]) > 2000:
-            raise InputError(f"{key} must be a text of at most 2000 characters")
+    """A request's fields, texts -> prompt, negative, seed, steps, cfg."""
+    words = dict(prompt=given.get("prompt", ""), negative=given.get("negative", ""))
     for key, parse in (("seed", number(0, 2 ** 32 - 1, int)), ("steps", number(1, 1000, int)),
                        ("cfg", number(0, 50))):
         try:
-            words[key] = parse(str(given.get(key)))
+            words[key] = parse(given.get(key, ""))
         except argparse.ArgumentTypeError as error:
             raise InputError(f"{key} {error}") from None
     return words
@@ -832,8 +823,8 @@ class PageServer(ThreadingHTTPServer):
 
 
 class PageHandler(BaseHTTPRequestHandler):
-    """GET is the page; POST /layout reads a layout's file; POST /generate streams lines of JSON,
-    one for each step, and the image."""
+    """GET is the page. POST /layout?name=... reads a layout's file, the request's body; POST
+    /generate?prompt=... paints such a layout, and streams lines of JSON, one for each step."""
     timeout = 30        # seconds without a byte from a client, or to one
 
     def log_message(self, *args):
@@ -868,11 +859,13 @@ class PageHandler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         try:
-            raw = self.read_body()
+            content = self.read_body()
             self.check_origin()
-            layout, given = read_request(raw, self.server.model.classes)
+            url = urlsplit(self.path)
+            given = dict(parse_qsl(url.query))
+            layout = read_bytes(content, given.get("name", ""), self.server.model.classes)
             label = resize_nearest(layout, *self.server.size)
-            words = read_words(given) if self.path == "/generate" else None
+            words = read_words(given) if url.path == "/generate" else None
         except (InputError, OSError) as error:      # an OSError: no room for the layout's file
             self.answer(400, "application/json")
             return self.send(error=str(error))

@@ -56,7 +56,7 @@ from unet import OFT
 ADAPTER = ASSETS / "toy_aldm.safetensors"
 CLIP = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 WEATHER = ("{caption}, night scene", "{caption}, snowy scene", "{caption}, foggy scene",
-           "{caption}, rainy scene")        # what --evaluate asks for, as the authors do
+           "{caption}, rainy scene")  # what --evaluate asks for, as the authors do
 
 
 # -- the model -------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def load_model(path=ADAPTER, sd=None, device="cpu", merge=True, data=None, embed
         model.adapter.bfloat16()
         model.to(memory_format=torch.channels_last)
     else:
-        model.vae.to(memory_format=torch.channels_last)     # on a CPU the UNet gains nothing by it
+        model.vae.to(memory_format=torch.channels_last)  # on a CPU the UNet gains nothing by it
     return model.requires_grad_(False).eval()
 
 
@@ -113,7 +113,7 @@ def classes_of(meta, path, data=None):
     if key is None:
         raise InputError(f"{path}: does not say of which dataset it is: name it with --data")
     if not data and names and key not in ("toy", "cityscapes", "ade20k", "coco"):
-        file_ids = np.full(256, -1, np.int16)       # a folder's: the ids are the classes
+        file_ids = np.full(256, -1, np.int16)  # a folder's: the ids are the classes
         file_ids[:len(names)] = np.arange(len(names))
         file_ids[IGNORE] = IGNORE
         palette, black = np.array(meta["palette"], np.uint8), np.zeros((1, 3), np.uint8)
@@ -145,7 +145,7 @@ def generate(model, labels, prompts, seeds, negative="", steps=25, cfg=None, eta
     if cfg is None:
         cfg = default_guidance(preset)
     if eta:
-        batch = 1       # stochastic steps draw from the global stream: make it that of one seed
+        batch = 1  # stochastic steps draw from the global stream: make it that of one seed
     H, W = labels.shape[1:]
     padding = (0, -W % preset.multiple, 0, -H % preset.multiple)
     labels = F.pad(labels.long(), padding, value=IGNORE)
@@ -190,7 +190,7 @@ def grid(rows, titles=()):
     height = max(pixels.shape[0] for row in rows for pixels in row)
     width = max(pixels.shape[1] for row in rows for pixels in row)
     scale = 2 if max(height, width) <= 128 else 1
-    height, width = scale * height + 2, scale * width + 2       # from one picture to the next
+    height, width = scale * height + 2, scale * width + 2  # from one picture to the next
     top = 14 if titles else 0
     columns = max(map(len, rows))
     canvas = Image.new("RGB", (columns * width - 2, top + len(rows) * height - 2), "white")
@@ -228,7 +228,7 @@ def draw_curves(log_csv, path, width=320, height=100):
         parts = np.array_split(np.array(points), min(len(points), width // 2))
         points = np.array([part.mean(0) for part in parts])
         low, high = points.min(0), points.max(0)
-        x, y = ((points - low) / np.maximum(high - low, 1e-12)).T      # 0..1
+        x, y = ((points - low) / np.maximum(high - low, 1e-12)).T  # 0..1
         title = f"{name}: {last:.4g} at step {step:.0f} ({low[1]:.3g} to {high[1]:.3g})"
         pen.text((4, top + 2), title, fill="black")
         pen.line(list(zip(4 + x * (width - 8), top + height - 6 - y * (height - 26))), fill="navy")
@@ -277,6 +277,7 @@ def resize_layout(label, preset, size):
 
 
 def resize_nearest(label, height, width):
+    """label [H,W] -> [height,width]"""
     picture = Image.fromarray(label.byte().numpy()).resize((width, height), Image.NEAREST)
     return torch.from_numpy(np.array(picture)).long()
 
@@ -330,7 +331,7 @@ def load_picture(dataset, i):
 def load_layout(file, caption, model, size):
     """A layout's file, its caption or None -> dict(label [H,W], caption)."""
     label = resize_layout(read_layout(file, model.classes), model.preset, size)
-    if isinstance(caption, list):       # COCO's captions: several for each image
+    if isinstance(caption, list):  # COCO's captions: several for each image
         caption = caption[0]
     return dict(label=label, caption=caption or compose_caption(label, model.classes.names))
 
@@ -353,7 +354,7 @@ def open_layouts(args, model):
     layouts = {}
     for file in files:
         load = partial(load_layout, file, captions.get(file.stem), model, args.size)
-        load()      # what cannot be read is found now, not after hours
+        load()  # what cannot be read is found now, not after hours
         layouts[file.stem] = load
     return layouts
 
@@ -451,7 +452,7 @@ def share_among(points, others, k=3):
     """The share of points [M,C] that lie among the others [L,C]: nearer to one of them than its
     own k-th neighbour. Of fakes among the real, it is the precision of Kynkaanniemi et al. 2019;
     of the real among the fakes, the recall."""
-    radius = torch.cdist(others, others).kthvalue(k + 1).values     # (the nearest is itself)
+    radius = torch.cdist(others, others).kthvalue(k + 1).values  # (the nearest is itself)
     return (torch.cdist(points, others) <= radius).any(1).double().mean().item()
 
 
@@ -509,7 +510,7 @@ def draw_samples(model, group, prompts, k, seed, options):
     return from_pixels(generate(model, labels, prompts, seeds, **options), model.device)
 
 
-KINDS = "generated", "edited", "reconstructed", "real"      # of images that are judged
+KINDS = "generated", "edited", "reconstructed", "real"  # of images that are judged
 
 
 @torch.no_grad()
@@ -536,7 +537,7 @@ def evaluate(model, items, judge, classifier=None, edit=toy_edit, targets=DOMAIN
     """
     options["batch"] = batch
     features = features or partial(judge_features, judge)
-    found = {kind: [] for kind in KINDS}            # of each batch (features, confusion matrix)
+    found = {kind: [] for kind in KINDS}  # of each batch (features, confusion matrix)
     distances, scores, answers = [], [], []
     layouts = 0
     for group in same_size(items, batch):
@@ -599,7 +600,7 @@ def summarize_judgement(found, names, unjudged):
     real = torch.cat([features for features, _ in found["real"]])
     fake = torch.cat([features for features, _ in found["generated"]])
     result |= dict(frechet_distance=None, precision=None, recall=None)
-    if len(real) > 3:       # else too few to tell
+    if len(real) > 3:  # else too few to tell
         moments = real.mean(0), torch.cov(real.T), fake.mean(0), torch.cov(fake.T)
         result["frechet_distance"] = rounded(frechet_distance(*moments))
         result["precision"] = rounded(share_among(fake, real))
@@ -650,7 +651,7 @@ def load_judge(files, preset, classes):
                     if ade is None or classes.ade.count(ade) > 1]
         note(f"--judge: knows ADE20K's classes: {', '.join(unjudged)} are left out of the mIoU")
     judge = UperNet(len(classes.names), **shape)
-    judge.decoder.conv_last[1].bias.data.fill_(-1e4)    # classes that no file has are never seen
+    judge.decoder.conv_last[1].bias.data.fill_(-1e4)  # classes that no file has are never seen
     load_segmenter(files, judge, classes)
     return judge.eval(), unjudged
 
@@ -701,7 +702,7 @@ def sample_and_judge(args, model):
     settings = dict(sampling(args), n=args.n, seed=args.seed)
     items = (load_picture(dataset, i) for i in tqdm(range(count), unit="layout"))
     result = evaluate(model, items, **judges, **settings, folder=out)
-    show(result)        # before it is written, as the disk may be full
+    show(result)  # before it is written, as the disk may be full
     about = dict(adapter=str(args.ckpt), data=args.data or model.classes.key, split=args.split)
     write_text(path, json.dumps({**result, **settings, **about}, indent=1))
     print(f"written to {path}; the images are in {out}")
@@ -771,8 +772,8 @@ def device_name(device):
 # -- the page to paint layouts on ------------------------------------------------------------------
 
 PAGE = ASSETS / "paint.html"
-BODY = 4 * 2 ** 20      # bytes of a layout at most; a painted 512 x 1024 takes a small part of it
-PREVIEWS = 6            # estimates decoded on the way: on a CPU that takes as long as a step
+BODY = 4 * 2 ** 20  # bytes of a layout at most; a painted 512 x 1024 takes a small part of it
+PREVIEWS = 6  # estimates decoded on the way: on a CPU that takes as long as a step
 POLICY = ("default-src 'self' 'unsafe-inline' data:; base-uri 'none'; form-action 'none'; "
           "frame-ancestors 'none'")
 
@@ -818,14 +819,14 @@ class PageServer(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         error = sys.exc_info()[1]
-        if not isinstance(error, OSError):          # an OSError: the client has gone
+        if not isinstance(error, OSError):  # an OSError: the client has gone
             note(f"a request failed: {error!r}")
 
 
 class PageHandler(BaseHTTPRequestHandler):
     """GET is the page. POST /layout?name=... reads a layout's file, the request's body; POST
     /generate?prompt=... paints such a layout, and streams lines of JSON, one for each step."""
-    timeout = 30        # seconds without a byte from a client, or to one
+    timeout = 30  # seconds without a byte from a client, or to one
 
     def log_message(self, *args):
         pass
@@ -866,7 +867,7 @@ class PageHandler(BaseHTTPRequestHandler):
             layout = read_bytes(content, given.get("name", ""), self.server.model.classes)
             label = resize_nearest(layout, *self.server.size)
             words = read_words(given) if url.path == "/generate" else None
-        except (InputError, OSError) as error:      # an OSError: no room for the layout's file
+        except (InputError, OSError) as error:  # an OSError: no room for the layout's file
             self.answer(400, "application/json")
             return self.send(error=str(error))
         self.answer(200, "application/x-ndjson")
@@ -874,7 +875,7 @@ class PageHandler(BaseHTTPRequestHandler):
             text = base64_text(label.byte().numpy().tobytes())
             return self.send(layout=text, size=layout.shape[::-1])
         with self.server.lock:
-            self.generate(label, **words)
+            self.paint(label, **words)
 
     def read_body(self):
         length = self.headers["Content-Length"] or ""
@@ -890,7 +891,7 @@ class PageHandler(BaseHTTPRequestHandler):
             line["image"] = base64_png(to_pixels(image)[0])
         self.send(**line)
 
-    def generate(self, label, prompt, negative, seed, steps, cfg):
+    def paint(self, label, prompt, negative, seed, steps, cfg):
         """Send what becomes of label [H,W]."""
         model, start = self.server.model, time.time()
         try:
@@ -899,7 +900,7 @@ class PageHandler(BaseHTTPRequestHandler):
                 self.send(note=f"the prompt is too long: the model does not see its end, {cut}")
             image = generate(model, label[None], [prompt], [seed], negative, steps, cfg,
                              on_step=partial(self.send_step, steps))[0]
-        except (RuntimeError, ValueError) as error:     # such as a full memory of the card
+        except (RuntimeError, ValueError) as error:  # such as a full memory of the card
             return self.send(error=f"the generation failed: {' '.join(str(error).split()):.300}")
         self.send(image=base64_png(image), done=True, seconds=time.time() - start)
 
@@ -910,9 +911,8 @@ def painter(model, port=8000, examples=(), prompts=(), steps=25, cfg=2.0):
     height, width = examples[0].shape if examples else (model.preset.size,) * 2
     world = dict(names=model.classes.names, palette=model.classes.palette.tolist(),
                  examples=[base64_text(label.tobytes()) for label in examples],
-                 height=height, width=width, prompts=prompts, steps=steps, cfg=cfg, limit=BODY,
-                 max_steps=1000)
-    text = json.dumps(world).replace("<", "\\u003c")        # no name ends the script
+                 height=height, width=width, prompts=prompts, steps=steps, cfg=cfg, limit=BODY)
+    text = json.dumps(world).replace("<", "\\u003c")  # no name ends the script
     server = PageServer(("127.0.0.1", port), PageHandler)
     server.page = PAGE.read_text("utf-8").replace("__WORLD__", text).encode()
     server.model, server.size, server.lock = model, (height, width), threading.Lock()
@@ -949,7 +949,7 @@ def number(low, high=math.inf, kind=float, exclusive=False):
             value = kind(text)
         except ValueError:
             value = math.nan
-        inside = low <= value <= high and value < math.inf          # not so for nan
+        inside = low <= value <= high and value < math.inf  # not so for nan
         if not inside or exclusive and value == low:
             raise argparse.ArgumentTypeError(f"must be {wanted}, not {text!r}")
         return value
@@ -1024,14 +1024,14 @@ def parse_args():
 
 def open_model(args):
     """The model that flags name; sets the guidance that it is used with, where no flag does."""
-    args.device = pick_device(args.device)
-    model = load_model(args.ckpt, args.sd, args.device, data=args.data,
+    device = pick_device(args.device)
+    model = load_model(args.ckpt, args.sd, device, data=args.data,
                        embeddings=args.class_embeddings)
     if args.preset and model.preset != PRESETS[args.preset]:
         raise InputError(f"{args.ckpt}: is not of the {args.preset} preset")
     if args.cfg is None:
         args.cfg = default_guidance(model.preset)
-    for prompt in dict.fromkeys([args.prompt, args.negative, *(args.prompts or [])]):
+    for prompt in [args.prompt, args.negative, *(args.prompts or [])]:
         cut = model.text.cut(prompt)
         if cut:
             note(f"a prompt is longer than the 77 tokens that the model reads; cut off is: {cut}")
@@ -1055,7 +1055,7 @@ def run(args):
 def main():
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.stdout.reconfigure(errors="backslashreplace")       # names of files may be no UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
         run(parse_args())
     except InputError as error:
         note(f"sample.py: {error}")
@@ -1063,7 +1063,7 @@ def main():
     except torch.OutOfMemoryError:
         note("sample.py: out of GPU memory: choose a smaller --batch or --size")
         raise SystemExit(1)
-    except OSError as error:                # such as a full disk: nothing is half-written
+    except OSError as error:  # such as a full disk: nothing is half-written
         note(f"sample.py: {error}")
         raise SystemExit(1)
     except KeyboardInterrupt:

@@ -33,6 +33,7 @@ import zlib
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import open_clip
@@ -53,29 +54,27 @@ from discriminator import Classifier, UperNet, confusion_matrix, mean_iou
 from unet import OFT
 
 ADAPTER = ASSETS / "toy_aldm.safetensors"
-GUIDANCE = {"toy": 5.0, "sd15": 7.5}        # --cfg where none is given
 CLIP = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 WEATHER = ("{caption}, night scene", "{caption}, snowy scene", "{caption}, foggy scene",
-           "{caption}, rainy scene")        # what --evaluate asks for, as the authors do
+           "{caption}, rainy scene")  # what --evaluate asks for, as the authors do
 
 
 # -- the model -------------------------------------------------------------------------------------
 
 
-def load_model(path=ADAPTER, sd=None, device="cpu", merge=True):
+def load_model(path=ADAPTER, sd=None, device="cpu", merge=True, data=None, embeddings=None):
     """An adapter's file (all that aldm.read_adapter reads) on the frozen Stable Diffusion `sd`
-    (None: the preset's own) -> ALDM, see `build_model`. Raises InputError for unusable files."""
-    meta, parts = read_adapter(path)
-    return build_model(meta, parts, path, classes_of(meta, path), sd, device, merge)
-
-
-def build_model(meta, parts, path, classes, sd=None, device="cpu", merge=True, embeddings=None):
-    """What aldm.read_adapter has read from `path` -> ALDM on `device`, ready for sampling.
+    (None: the preset's own) -> ALDM on `device`, ready for sampling.
 
     merge         make it fast, and unfit for training: OFT's rotations go into the weights, and
                   on CUDA the UNet and the adapter become bf16
-    embeddings    a file of class embeddings, where the adapter's own file has none
+    data          another dataset than the one that the file names, of the same classes
+    embeddings    a file of class embeddings, instead of the adapter's own
+
+    Raises InputError for unusable files.
     """
+    meta, parts = read_adapter(path)
+    classes = classes_of(meta, path, data)
     device = torch.device(device)
     fast = merge and device.type == "cuda"
     # OFT multiplies the UNet's weights: rotate them in fp32, round afterwards.
@@ -86,44 +85,49 @@ def build_model(meta, parts, path, classes, sd=None, device="cpu", merge=True, e
         table = load_class_embeddings(embeddings, classes, text)
     model = ALDM(PRESETS[meta["preset"]], unet, vae, text, classes, meta["adapter"], meta["hint"],
                  table, hint_colors=meta.get("hint_colors"))
+    embeds = model.kind in ("controlnet", "oft") and model.layout.kind == "classes"
+    if embeddings and not embeds:
+        raise InputError(f"--class-embeddings: the hint of {path} has none")
+    if embeds and table is None:
+        note(f"{path}: has no class embeddings: the text encoder's serve, which differ from the "
+             "official ones (Cityscapes: in road, sidewalk, wall and sky): give the file that it "
+             "was trained with as --class-embeddings")
     load_into(model.adapter, parts["adapter"], path)
     model.to(device)
-    if merge and meta["adapter"] == "oft":
+    if merge and model.kind == "oft":
         OFT.merge(model.unet)
     if fast:
         model.unet.bfloat16()
         model.adapter.bfloat16()
         model.to(memory_format=torch.channels_last)
     else:
-        model.vae.to(memory_format=torch.channels_last)     # on a CPU the UNet gains nothing by it
+        model.vae.to(memory_format=torch.channels_last)  # on a CPU the UNet gains nothing by it
     return model.requires_grad_(False).eval()
 
 
 def classes_of(meta, path, data=None):
     """The Classes of the adapter in `path`, by its metadata. `data` may name another dataset, if
     that has the same classes."""
-    names, key = tuple(meta["names"] or ()), data or meta["dataset"]
+    names = tuple(meta["names"] or ())
+    key = data or meta["dataset"]
     if key is None:
         raise InputError(f"{path}: does not say of which dataset it is: name it with --data")
-    if data or not names or key in ("toy", "cityscapes", "ade20k", "coco"):
-        classes = class_table(key)
-        if names and classes.names != names:
-            raise InputError(f"{path}: is of the {len(names)} classes of {meta['dataset']}, not of "
-                             f"the {len(classes.names)} of {key}")
-        return classes
-    file_ids = np.full(256, -1, np.int16)           # a folder's: the ids are the classes
-    file_ids[:len(names)] = np.arange(len(names))
-    file_ids[IGNORE] = IGNORE
-    palette, black = np.array(meta["palette"], np.uint8), np.zeros((1, 3), np.uint8)
-    return Classes(key, names, palette, (None,) * len(names), file_ids, black)
+    if not data and names and key not in ("toy", "cityscapes", "ade20k", "coco"):
+        file_ids = np.full(256, -1, np.int16)  # a folder's: the ids are the classes
+        file_ids[:len(names)] = np.arange(len(names))
+        file_ids[IGNORE] = IGNORE
+        palette, black = np.array(meta["palette"], np.uint8), np.zeros((1, 3), np.uint8)
+        return Classes(key, names, palette, (None,) * len(names), file_ids, black)
+    classes = class_table(key)
+    if names and classes.names != names:
+        raise InputError(f"{path}: is of the {len(names)} classes of {meta['dataset']}, not of the "
+                         f"{len(classes.names)} of {key}")
+    return classes
 
 
 def default_guidance(preset):
     """The guidance scale where none is given."""
-    for name, scale in GUIDANCE.items():
-        if PRESETS[name] == preset:
-            return scale
-    return 1.0
+    return 5.0 if preset == PRESETS["toy"] else 7.5
 
 
 @torch.no_grad()
@@ -136,16 +140,16 @@ def generate(model, labels, prompts, seeds, negative="", steps=25, cfg=None, eta
     an image comes from its own seed, so it depends on no other in the batch (but for rounding).
     on_step(i, x0_hat [b,C,h,w]) is called after each step of each batch of b <= `batch` images.
     """
-    device, preset = model.device, model.preset
+    device = model.device
+    preset = model.preset
     if cfg is None:
         cfg = default_guidance(preset)
     if eta:
-        batch = 1       # stochastic steps draw from the global stream: make it that of one seed
-    labels = torch.as_tensor(labels).long()
+        batch = 1  # stochastic steps draw from the global stream: make it that of one seed
     H, W = labels.shape[1:]
     padding = (0, -W % preset.multiple, 0, -H % preset.multiple)
-    labels = F.pad(labels, padding, value=IGNORE)
-    h, w = (side // preset.vae.factor for side in labels.shape[1:])
+    labels = F.pad(labels.long(), padding, value=IGNORE)
+    shape = preset.vae.z_channels, *(side // preset.vae.factor for side in labels.shape[1:])
     cuda = device.type == "cuda"
     images = []
     for i in range(0, len(labels), batch):
@@ -154,10 +158,9 @@ def generate(model, labels, prompts, seeds, negative="", steps=25, cfg=None, eta
         uncond = model.text.encode([negative] * len(label))
         with (torch.random.fork_rng([device] if cuda else []),
               torch.autocast(device.type, torch.bfloat16, enabled=cuda)):
-            noise = torch.stack([torch.randn((preset.vae.z_channels, h, w),
-                                             generator=torch.manual_seed(seed))
-                                 for seed in seeds[i:i + batch]])
-            z = model.sample(label, context, uncond, steps, cfg, noise, eta, on_step)
+            noise = [torch.randn(shape, generator=torch.manual_seed(seed))
+                     for seed in seeds[i:i + batch]]
+            z = model.sample(label, context, uncond, steps, cfg, torch.stack(noise), eta, on_step)
         images.append(to_pixels(model.vae.decode(z.float())[:, :, :H, :W]))
     return np.concatenate(images)
 
@@ -187,7 +190,7 @@ def grid(rows, titles=()):
     height = max(pixels.shape[0] for row in rows for pixels in row)
     width = max(pixels.shape[1] for row in rows for pixels in row)
     scale = 2 if max(height, width) <= 128 else 1
-    height, width = scale * height + 2, scale * width + 2       # from one picture to the next
+    height, width = scale * height + 2, scale * width + 2  # from one picture to the next
     top = 14 if titles else 0
     columns = max(map(len, rows))
     canvas = Image.new("RGB", (columns * width - 2, top + len(rows) * height - 2), "white")
@@ -207,14 +210,14 @@ def draw_curves(log_csv, path, width=320, height=100):
     """log.csv of train.py (step, then losses; a cell is empty where a loss was not computed) -> a
     PNG with a panel per loss that there is, its scale from its least to its largest value. Long
     curves are averaged over neighbouring steps. Without losses there is no file."""
-    with open(log_csv, newline="") as file:
-        rows = list(csv.DictReader(file))
     curves = {}
-    for name in list(rows[0])[1:] if rows else ():
-        points = np.array([(float(row["step"]), float(row[name] or "nan")) for row in rows])
-        points = points[np.isfinite(points[:, 1])]
-        if len(points):
-            curves[name] = points
+    with open(log_csv, newline="") as file:
+        for row in csv.DictReader(file):
+            step = float(row.pop("step"))
+            for name, text in row.items():
+                value = float(text or "nan")
+                if math.isfinite(value):
+                    curves.setdefault(name, []).append((step, value))
     if not curves:
         return
     canvas = Image.new("RGB", (width, len(curves) * height), "white")
@@ -222,10 +225,10 @@ def draw_curves(log_csv, path, width=320, height=100):
     for panel, (name, points) in enumerate(curves.items()):
         top = panel * height
         step, last = points[-1]
-        parts = np.array_split(points, min(len(points), width // 2))
+        parts = np.array_split(np.array(points), min(len(points), width // 2))
         points = np.array([part.mean(0) for part in parts])
         low, high = points.min(0), points.max(0)
-        x, y = ((points - low) / np.maximum(high - low, 1e-12)).T      # 0..1
+        x, y = ((points - low) / np.maximum(high - low, 1e-12)).T  # 0..1
         title = f"{name}: {last:.4g} at step {step:.0f} ({low[1]:.3g} to {high[1]:.3g})"
         pen.text((4, top + 2), title, fill="black")
         pen.line(list(zip(4 + x * (width - 8), top + height - 6 - y * (height - 26))), fill="navy")
@@ -238,15 +241,13 @@ def note(text):
 
 
 def write_png(path, image):
-    """image: a PIL.Image, or uint8 [H,W] or [H,W,3]. The file is there whole or not at all."""
-    if not isinstance(image, Image.Image):
-        image = Image.fromarray(image)
+    """image: a PIL.Image in RGB, or uint8 [H,W] or [H,W,3]. The file is whole, or not there."""
     with atomic(path) as temporary:
-        image.save(temporary, format="PNG")
+        Image.fromarray(np.asarray(image)).save(temporary, "png")
 
 
 def write_text(path, text):
-    """The file is there whole or not at all."""
+    """The file is whole, or not there."""
     with atomic(path) as temporary:
         Path(temporary).write_text(text, "utf-8")
 
@@ -276,6 +277,7 @@ def resize_layout(label, preset, size):
 
 
 def resize_nearest(label, height, width):
+    """label [H,W] -> [height,width]"""
     picture = Image.fromarray(label.byte().numpy()).resize((width, height), Image.NEAREST)
     return torch.from_numpy(np.array(picture)).long()
 
@@ -285,22 +287,22 @@ def sampling(args):
     return {name: getattr(args, name) for name in ("negative", "steps", "cfg", "eta", "batch")}
 
 
-def sample_layout(args, preset, classes, load):
+def sample_layout(args, model):
     """--layout: n images of one label map, and a grid of layout and images, go to --out."""
-    whole = read_layout(args.layout, classes)
-    label = resize_layout(whole, preset, args.size)
+    whole = read_layout(args.layout, model.classes)
+    label = resize_layout(whole, model.preset, args.size)
     if label.shape != whole.shape:
         note(f"{args.layout}: resized to {label.shape[1]} x {label.shape[0]} pixels; --size 0 "
              "keeps its size")
-    out, stem = make_folder(args.out), Path(args.layout).stem
-    model = load()
+    out = make_folder(args.out)
+    stem = Path(args.layout).stem
     seeds = range(args.seed, args.seed + args.n)
     with tqdm(desc="DDIM steps") as bar:
         images = generate(model, label.expand(args.n, -1, -1), [args.prompt] * args.n, seeds,
                           **sampling(args), on_step=lambda i, x0_hat: bar.update())
     for seed, image in zip(seeds, images):
         write_png(out / f"{stem}_{seed}.png", image)
-    row = [np.asarray(colorize(label, classes)), *images]
+    row = [np.asarray(colorize(label, model.classes)), *images]
     titles = ["layout", *(f"seed {seed}" for seed in seeds)]
     path = out / f"{stem}_{args.seed}_grid.png"
     write_png(path, grid([row], titles))
@@ -310,10 +312,13 @@ def sample_layout(args, preset, classes, load):
 # -- a whole data set ------------------------------------------------------------------------------
 
 
-def open_split(args, preset, classes, split):
+def open_split(args, model, split):
     """A split of --data, at the size of the training."""
-    key, size = args.data or classes.key, args.size or preset.size
-    return open_dataset(key, args.root, split, size, grid=preset.vae.factor)
+    if args.root and model.classes.key == "toy":
+        raise InputError("--root: the toy has no files")
+    size = args.size or model.preset.size
+    key = args.data or model.classes.key
+    return open_dataset(key, args.root, split, size, grid=model.preset.vae.factor)
 
 
 def load_picture(dataset, i):
@@ -323,30 +328,35 @@ def load_picture(dataset, i):
     return dict(image=image, label=label, caption=caption, name=dataset.names[i])
 
 
-def load_layout(files, captions, classes, preset, size, i):
-    """One of a folder's layouts -> dict(label [H,W], caption)."""
-    label = resize_layout(read_layout(files[i], classes), preset, size)
-    caption = captions.get(files[i].stem) or compose_caption(label, classes.names)
-    return dict(label=label, caption=caption)
+def load_layout(file, caption, model, size):
+    """A layout's file, its caption or None -> dict(label [H,W], caption)."""
+    label = resize_layout(read_layout(file, model.classes), model.preset, size)
+    if isinstance(caption, list):  # COCO's captions: several for each image
+        caption = caption[0]
+    return dict(label=label, caption=caption or compose_caption(label, model.classes.names))
 
 
-def open_layouts(args, preset, classes):
-    """--layouts, a split of --data or a folder of PNGs -> names, load(i) -> dict(label, caption).
-    A layout that cannot be read is found here, not after hours."""
+def open_layouts(args, model):
+    """--layouts, a split of --data or a folder of PNGs -> {name: a function that loads it}, which
+    returns dict(label, caption)."""
     place = Path(args.layouts)
     if not place.is_dir():
-        dataset = open_split(args, preset, classes, args.layouts)
-        return dataset.names[:args.limit], partial(load_picture, dataset)
+        dataset = open_split(args, model, args.layouts)
+        names = dataset.names[:args.limit]
+        return {name: partial(load_picture, dataset, i) for i, name in enumerate(names)}
     folder = place / "labels" if (place / "labels").is_dir() else place
     files = find_images(folder)[:args.limit]
     if not files:
         raise InputError(f"--layouts {folder}: no .png in there")
     if Path(args.out).resolve() in (place.resolve(), folder.resolve()):
         raise InputError(f"--out {args.out}: the layouts are there: choose another folder")
-    load = partial(load_layout, files, read_captions(place, ""), classes, preset, args.size)
-    for i in range(len(files)):
-        load(i)
-    return [file.stem for file in files], load
+    captions = read_captions(place, "")
+    layouts = {}
+    for file in files:
+        load = partial(load_layout, file, captions.get(file.stem), model, args.size)
+        load()  # what cannot be read is found now, not after hours
+        layouts[file.stem] = load
+    return layouts
 
 
 def same_size(items, batch):
@@ -387,21 +397,20 @@ def open_output(args, classes):
     return out
 
 
-def sample_dataset(args, preset, classes, load):
+def sample_dataset(args, model):
     """--layouts: n images of each layout with each prompt, as a data set for `--data OUT`: images/,
     labels/, classes.txt, captions.json. What is there is left alone: the same command resumes."""
-    names, load_item = open_layouts(args, preset, classes)
-    out = open_output(args, classes)
+    layouts = open_layouts(args, model)
+    out = open_output(args, model.classes)
     shard, shards = args.shard
     todo = []
-    for i in range(shard, len(names), shards):
+    for layout in list(layouts)[shard::shards]:
         for p, prompt in enumerate(args.prompts):
             for k in range(args.n):
-                name = f"{names[i]}_{p}_{k}"
+                name = f"{layout}_{p}_{k}"
                 if not (out / "images" / f"{name}.png").exists():
-                    todo.append((i, name, prompt))
-    jobs = (dict(load_item(i), name=name, prompt=prompt) for i, name, prompt in todo)
-    model = load()
+                    todo.append((layout, name, prompt))
+    jobs = (dict(layouts[layout](), name=name, prompt=prompt) for layout, name, prompt in todo)
     with tqdm(total=len(todo), unit="image", dynamic_ncols=True) as bar:
         for group in same_size(jobs, args.batch):
             names = [job["name"] for job in group]
@@ -443,7 +452,7 @@ def share_among(points, others, k=3):
     """The share of points [M,C] that lie among the others [L,C]: nearer to one of them than its
     own k-th neighbour. Of fakes among the real, it is the precision of Kynkaanniemi et al. 2019;
     of the real among the fakes, the recall."""
-    radius = torch.cdist(others, others).kthvalue(k + 1).values     # (the nearest is itself)
+    radius = torch.cdist(others, others).kthvalue(k + 1).values  # (the nearest is itself)
     return (torch.cdist(points, others) <= radius).any(1).double().mean().item()
 
 
@@ -454,23 +463,18 @@ def diversity(features):
     return torch.cdist(features, features).sum((1, 2)) / (n * (n - 1))
 
 
-def pixel_features(images):
-    """images [B,3,H,W] -> [B,C], so that distances are RMS differences of pixels, from 0 to 1"""
-    return images.flatten(1) / 2 / images[0].numel() ** 0.5
-
-
 def toy_edit(caption, i):
     """A caption in another domain's words, by turns: "..., in daylight" -> "..., at night", and
     that domain's index."""
-    own = [d for d in DOMAINS if any(phrase in caption for phrase in PHRASES[d])][:1]
-    others = [d for d in DOMAINS if d not in own]
-    target = others[i % len(others)]
-    phrase = PHRASES[target][0]
-    if not own:
-        return f"{caption}, {phrase}", DOMAINS.index(target)
-    for old in PHRASES[own[0]]:
-        caption = caption.replace(old, phrase)
-    return caption, DOMAINS.index(target)
+    for own, phrases in PHRASES.items():
+        for phrase in phrases:
+            if phrase in caption:
+                others = [domain for domain in DOMAINS if domain != own]
+                target = others[i % len(others)]
+                edited = caption.replace(phrase, PHRASES[target][0])
+                return edited, DOMAINS.index(target)
+    target = i % len(DOMAINS)
+    return f"{caption}, {PHRASES[DOMAINS[target]][0]}", target
 
 
 def prompt_edit(prompts, caption, i):
@@ -506,7 +510,7 @@ def draw_samples(model, group, prompts, k, seed, options):
     return from_pixels(generate(model, labels, prompts, seeds, **options), model.device)
 
 
-KINDS = "generated", "edited", "reconstructed", "real"      # of images that are judged
+KINDS = "generated", "edited", "reconstructed", "real"  # of images that are judged
 
 
 @torch.no_grad()
@@ -533,9 +537,9 @@ def evaluate(model, items, judge, classifier=None, edit=toy_edit, targets=DOMAIN
     """
     options["batch"] = batch
     features = features or partial(judge_features, judge)
-    found = {kind: [] for kind in KINDS}            # of each batch (features, confusion matrix)
-    spread, scores, answers = [], [], []
-    layouts, classes = 0, model.classes
+    found = {kind: [] for kind in KINDS}  # of each batch (features, confusion matrix)
+    distances, scores, answers = [], [], []
+    layouts = 0
     for group in same_size(items, batch):
         label = torch.stack([item["label"] for item in group])
         captions = [item["caption"] for item in group]
@@ -545,31 +549,30 @@ def evaluate(model, items, judge, classifier=None, edit=toy_edit, targets=DOMAIN
         samples = [draw_samples(model, group, captions, k, seed, options) for k in range(several)]
         judged = samples if diverse is None else samples[:1]
         shown = {"real": [real], "reconstructed": [decoded], "generated": judged}
+        if several > 1:
+            points = torch.stack([features(images) for images in samples], 1)  # (b, n, C)
+            distances += diversity(points).tolist()
         if clip:
             for images in judged:
                 scores += clip(images, captions).diag().tolist()
-        if several > 1:
-            spread += compare_samples(features, samples)
         if folder:
             for k, images in enumerate(samples):
                 names = [f"{item['name']}_{k}" for item in group]
                 write_pairs(folder, names, to_pixels(images), label)
         if classifier:
             edits = [edit(caption, layouts + i) for i, caption in enumerate(captions)]
-            images = draw_samples(model, group, [e[0] for e in edits], "edited", seed, options)
+            prompts, wanted = zip(*edits)
+            images = draw_samples(model, group, list(prompts), "edited", seed, options)
             shown["edited"] = [images]
-            answers += zip([e[1] for e in edits], classifier(images).argmax(1).tolist())
+            answers += zip(wanted, classifier(images).argmax(1).tolist())
         for kind, batches in shown.items():
             for images in batches:
-                confusion = ask_judge(judge, images, label, classes)
+                confusion = ask_judge(judge, images, label, model.classes)
                 found[kind].append((features(images).double().cpu(), confusion))
         layouts += len(group)
-    result = {"layouts": layouts, "clip_score": mean(scores)}
-    result |= summarize_judgement(found, classes.names, unjudged)
-    result |= summarize_answers(answers, targets if classifier else ())
-    result["diversity"] = mean([distance for distance, _ in spread])
-    result["diversity_pixels"] = mean([pixels for _, pixels in spread])
-    return result
+    return {"layouts": layouts, "clip_score": mean(scores), "diversity": mean(distances),
+            **summarize_judgement(found, model.classes.names, unjudged),
+            **summarize_answers(answers, targets if classifier else ())}
 
 
 def judge_features(judge, images):
@@ -585,14 +588,6 @@ def ask_judge(judge, images, label, classes):
     return confusion_matrix(found, label, N)
 
 
-def compare_samples(features, samples):
-    """n batches [b,3,H,W], each with a sample of the same b layouts -> for each layout the
-    diversity of the features, and of the pixels."""
-    found = torch.stack([features(images) for images in samples], 1)  # (b, n, C)
-    pixels = torch.stack([pixel_features(images) for images in samples], 1)
-    return list(zip(diversity(found).tolist(), diversity(pixels).tolist()))
-
-
 def summarize_judgement(found, names, unjudged):
     """found: kind of image -> list of (features, confusion) -> mIoU, IoU and distances."""
     result = {}
@@ -604,11 +599,10 @@ def summarize_judgement(found, names, unjudged):
             result[f"IoU_{kind}"] = dict(zip(names, map(rounded, iou.tolist())))
     real = torch.cat([features for features, _ in found["real"]])
     fake = torch.cat([features for features, _ in found["generated"]])
-    result |= dict(frechet_distance=None, precision=None, recall=None)      # too few to tell
-    if len(real) > 1:
+    result |= dict(frechet_distance=None, precision=None, recall=None)
+    if len(real) > 3:  # else too few to tell
         moments = real.mean(0), torch.cov(real.T), fake.mean(0), torch.cov(fake.T)
         result["frechet_distance"] = rounded(frechet_distance(*moments))
-    if len(real) > 3:
         result["precision"] = rounded(share_among(fake, real))
         result["recall"] = rounded(share_among(real, fake))
     return result
@@ -644,8 +638,9 @@ def toy_judges(parts, device):
 def load_judge(files, preset, classes):
     """--judge, a segmenter of ours or mit-semseg's two files -> UperNet, and the names of the
     classes that it cannot tell: an ADE20K segmenter has one output for several of them, or none."""
+    shape = preset.segmenter
+    unjudged = []
     _, meta = read_parts(files[0])
-    shape, unjudged = preset.segmenter, []
     if meta.get("format") == "aldm-segmenter":
         if tuple(meta["names"]) != classes.names:
             raise InputError(f"--judge {files[0]}: knows the {len(meta['names'])} classes of "
@@ -656,21 +651,21 @@ def load_judge(files, preset, classes):
                     if ade is None or classes.ade.count(ade) > 1]
         note(f"--judge: knows ADE20K's classes: {', '.join(unjudged)} are left out of the mIoU")
     judge = UperNet(len(classes.names), **shape)
-    judge.decoder.conv_last[1].bias.data.fill_(-1e4)    # classes that no file has are never seen
+    judge.decoder.conv_last[1].bias.data.fill_(-1e4)  # classes that no file has are never seen
     load_segmenter(files, judge, classes)
     return judge.eval(), unjudged
 
 
-def choose_judges(args, preset, classes):
+def choose_judges(args, model):
     """--judge, --prompts, and what there is on this machine -> those arguments of `evaluate` that
     judge, by name."""
     chosen = {}
-    if preset == PRESETS["toy"] and classes.names == class_table("toy").names:
+    if model.preset == PRESETS["toy"] and model.classes.names == class_table("toy").names:
         parts = load_weights(args.sd or base_file("toy"))
-        chosen["judge"], chosen["classifier"] = toy_judges(parts, args.device)
+        chosen["judge"], chosen["classifier"] = toy_judges(parts, model.device)
     if args.judge:
-        judge, chosen["unjudged"] = load_judge(args.judge, preset, classes)
-        chosen["judge"] = judge.to(args.device)
+        judge, chosen["unjudged"] = load_judge(args.judge, model.preset, model.classes)
+        chosen["judge"] = judge.to(model.device)
     if not chosen:
         raise InputError("--evaluate needs a segmenter that the training has not seen: name its "
                          "file, or files, with --judge")
@@ -681,7 +676,7 @@ def choose_judges(args, preset, classes):
             raise InputError(f"--features clip: {missing}")
         note(f"{missing}: its figures are left out")
         return chosen
-    chosen["clip"] = Clip(path, args.device)
+    chosen["clip"] = Clip(path, model.device)
     if args.features == "clip":
         chosen["features"] = chosen["clip"].encode_images
     if args.prompts or "classifier" not in chosen:
@@ -692,12 +687,12 @@ def choose_judges(args, preset, classes):
     return chosen
 
 
-def sample_and_judge(args, preset, classes, load):
+def sample_and_judge(args, model):
     """--evaluate: a table, the same as JSON, and the images."""
     if args.json:
         check_target(args.json)
-    dataset = open_split(args, preset, classes, args.split)
-    judges = choose_judges(args, preset, classes)
+    dataset = open_split(args, model, args.split)
+    judges = choose_judges(args, model)
     out = make_folder(args.out)
     path = Path(args.json or out / "evaluation.json")
     make_folder(out / "labels")
@@ -705,11 +700,10 @@ def sample_and_judge(args, preset, classes, load):
         raise InputError(f"--out {out}: has images already: choose another folder")
     count = len(dataset.names[:args.limit])
     settings = dict(sampling(args), n=args.n, seed=args.seed)
-    model = load()
     items = (load_picture(dataset, i) for i in tqdm(range(count), unit="layout"))
     result = evaluate(model, items, **judges, **settings, folder=out)
-    show(result)        # before it is written, as the disk may be full
-    about = dict(adapter=str(args.ckpt), data=args.data or classes.key, split=args.split)
+    show(result)  # before it is written, as the disk may be full
+    about = dict(adapter=str(args.ckpt), data=args.data or model.classes.key, split=args.split)
     write_text(path, json.dumps({**result, **settings, **about}, indent=1))
     print(f"written to {path}; the images are in {out}")
 
@@ -722,8 +716,8 @@ def show(result):
     for name, iou in result["IoU_real"].items():
         if iou is not None:
             rows[f"  {name}"] = [result[f"IoU_{kind}"][name] for kind in kinds]
-    for name in ("frechet_distance", "precision", "recall", "diversity", "diversity_pixels",
-                 "clip_score", "editability"):
+    for name in ("frechet_distance", "precision", "recall", "diversity", "clip_score",
+                 "editability"):
         rows[name.replace("_", " ")] = [result[name]]
     for target, share in result["editability_of"].items():
         rows[f"  {target}"] = [share]
@@ -734,9 +728,8 @@ def show(result):
 # -- how fast --------------------------------------------------------------------------------------
 
 
-def bench(args, load):
+def bench(args, model):
     """--bench: seconds, TFLOP and memory of sampling."""
-    model = load()
     side = args.size or model.preset.size
     label = torch.full((args.batch, side, side), IGNORE)
     sample = partial(generate, model, label, [args.prompt] * args.batch, range(args.batch),
@@ -779,56 +772,46 @@ def device_name(device):
 # -- the page to paint layouts on ------------------------------------------------------------------
 
 PAGE = ASSETS / "paint.html"
-BODY = 4 * 2 ** 20      # bytes of a request at most; a painted 512 x 1024 takes a small part of it
-PREVIEWS = 6            # estimates decoded on the way: on a CPU that takes as long as a step
-HEADERS = {"Content-Security-Policy": "default-src 'self' 'unsafe-inline' data:; base-uri 'none'; "
-                                      "form-action 'none'; frame-ancestors 'none'",
-           "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Connection": "close"}
+BODY = 4 * 2 ** 20  # bytes of a layout at most; a painted 512 x 1024 takes a small part of it
+PREVIEWS = 6  # estimates decoded on the way: on a CPU that takes as long as a step
+POLICY = ("default-src 'self' 'unsafe-inline' data:; base-uri 'none'; form-action 'none'; "
+          "frame-ancestors 'none'")
 
 
-def read_body(raw, classes):
-    """The body of a request -> its layout [H,W], and the object with the other fields."""
-    try:
-        given = dict(json.loads(raw))
-        png = base64.b64decode(given.get("layout"), validate=True)
-    except (ValueError, TypeError, RecursionError):
-        raise InputError("the request is no JSON object with a layout, a PNG in base64") from None
+def read_bytes(content, name, classes):
+    """What is in a layout's file of this name -> label [H,W]."""
     # read_layout takes files, and their names tell the kinds of ids
-    kind = re.search("labelTrainIds|labelIds|$", str(given.get("name")))[0]
-    try:
-        with tempfile.NamedTemporaryFile(suffix=f"_{kind}.png") as file:
-            file.write(png)
-            file.flush()
-            return read_layout(file.name, classes), given
-    except InputError as error:
-        raise InputError(str(error).replace(file.name, "the layout")) from None
-    except OSError as error:
-        raise InputError(f"there is no room for the layout: {error.strerror}") from None
+    kind = re.search("labelTrainIds|labelIds|$", name)[0]
+    with tempfile.NamedTemporaryFile(suffix=f"_{kind}.png") as file:
+        file.write(content)
+        file.flush()
+        try:
+            return read_layout(file.name, classes)
+        except InputError as error:
+            raise InputError(str(error).replace(file.name, "the layout")) from None
 
 
-def read_words(given, max_steps):
-    """The other fields of a request, checked -> prompt, negative, seed, steps, cfg."""
-    words = {}
-    for key in ("prompt", "negative"):
-        words[key] = given.get(key, "")
-        if not isinstance(words[key], str) or len(words[key]) > 2000:
-            raise InputError(f"{key} must be a text of at most 2000 characters")
-    whole, any_number = (int,), (int, float)
-    for key, kinds, low, high in (("seed", whole, 0, 2 ** 32 - 1), ("steps", whole, 1, max_steps),
-                                  ("cfg", any_number, 0, 50)):
-        words[key] = given.get(key)
-        if type(words[key]) not in kinds or not low <= words[key] <= high:
-            raise InputError(f"{key} must be a number from {low} to {high}")
+def read_words(given):
+    """A request's fields, texts -> prompt, negative, seed, steps, cfg."""
+    words = dict(prompt=given.get("prompt", ""), negative=given.get("negative", ""))
+    for key, parse in (("seed", number(0, 2 ** 32 - 1, int)), ("steps", number(1, 1000, int)),
+                       ("cfg", number(0, 50))):
+        try:
+            words[key] = parse(given.get(key, ""))
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"{key} {error}") from None
     return words
 
 
-def encode(array):
-    """uint8 [H,W,3] -> a PNG, uint8 [H,W] -> one byte per pixel; both in base64."""
-    if array.ndim == 2:
-        return base64.b64encode(array.tobytes()).decode()
+def base64_text(content):
+    return base64.b64encode(content).decode()
+
+
+def base64_png(pixels):
+    """uint8 [H,W,3]"""
     file = io.BytesIO()
-    Image.fromarray(array).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
+    Image.fromarray(pixels).save(file, "png")
+    return base64_text(file.getvalue())
 
 
 class PageServer(ThreadingHTTPServer):
@@ -836,14 +819,14 @@ class PageServer(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         error = sys.exc_info()[1]
-        if not isinstance(error, OSError):          # an OSError: the client has gone
+        if not isinstance(error, OSError):  # an OSError: the client has gone
             note(f"a request failed: {error!r}")
 
 
 class PageHandler(BaseHTTPRequestHandler):
-    """GET is the page; POST /layout reads a layout's file; POST /generate streams lines of JSON,
-    one for each step, and the image."""
-    timeout = 30        # seconds without a byte from a client, or to one
+    """GET is the page. POST /layout?name=... reads a layout's file, the request's body; POST
+    /generate?prompt=... paints such a layout, and streams lines of JSON, one for each step."""
+    timeout = 30  # seconds without a byte from a client, or to one
 
     def log_message(self, *args):
         pass
@@ -851,8 +834,8 @@ class PageHandler(BaseHTTPRequestHandler):
     def answer(self, code, kind, body=b""):
         """The connection's end is the body's end: more may follow."""
         self.send_response(code)
-        for name, value in {"Content-Type": kind, **HEADERS}.items():
-            self.send_header(name, value)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Security-Policy", POLICY)
         self.end_headers()
         self.wfile.write(body)
 
@@ -877,37 +860,38 @@ class PageHandler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         try:
-            label, given, size = self.read_request()
-            if self.path == "/generate":
-                words = read_words(given, len(self.server.model.schedule.alphas_cumprod))
-        except InputError as error:
+            content = self.read_body()
+            self.check_origin()
+            url = urlsplit(self.path)
+            given = dict(parse_qsl(url.query))
+            layout = read_bytes(content, given.get("name", ""), self.server.model.classes)
+            label = resize_nearest(layout, *self.server.size)
+            words = read_words(given) if url.path == "/generate" else None
+        except (InputError, OSError) as error:  # an OSError: no room for the layout's file
             self.answer(400, "application/json")
             return self.send(error=str(error))
         self.answer(200, "application/x-ndjson")
-        if self.path == "/layout":
-            return self.send(layout=encode(label.byte().numpy()), size=size)
+        if words is None:
+            text = base64_text(label.byte().numpy().tobytes())
+            return self.send(layout=text, size=layout.shape[::-1])
         with self.server.lock:
-            self.generate(label, **words)
+            self.paint(label, **words)
 
-    def read_request(self):
-        """-> label [H,W] of the page's size, the object with the other fields, the size that the
-        layout had."""
+    def read_body(self):
         length = self.headers["Content-Length"] or ""
         if not re.fullmatch("[0-9]{1,12}", length) or int(length) > BODY:
             raise InputError(f"a request must say its length, at most {BODY} bytes")
-        raw = self.rfile.read(int(length))
-        self.check_origin()
-        label, given = read_body(raw, self.server.model.classes)
-        return resize_nearest(label, *self.server.size), given, label.shape[::-1]
+        return self.rfile.read(int(length))
 
     def send_step(self, steps, i, x0_hat):
         """After each of the steps: a line, and some estimates as images."""
         line = dict(step=i + 1, of=steps)
         if i % (steps // PREVIEWS + 1) == 0:
-            line["image"] = encode(to_pixels(self.server.model.vae.decode(x0_hat.float()))[0])
+            image = self.server.model.vae.decode(x0_hat.float())
+            line["image"] = base64_png(to_pixels(image)[0])
         self.send(**line)
 
-    def generate(self, label, prompt, negative, seed, steps, cfg):
+    def paint(self, label, prompt, negative, seed, steps, cfg):
         """Send what becomes of label [H,W]."""
         model, start = self.server.model, time.time()
         try:
@@ -916,11 +900,9 @@ class PageHandler(BaseHTTPRequestHandler):
                 self.send(note=f"the prompt is too long: the model does not see its end, {cut}")
             image = generate(model, label[None], [prompt], [seed], negative, steps, cfg,
                              on_step=partial(self.send_step, steps))[0]
-        except OSError:
-            raise
-        except Exception as error:          # the card's memory is full, ...: the server lives on
+        except (RuntimeError, ValueError) as error:  # such as a full memory of the card
             return self.send(error=f"the generation failed: {' '.join(str(error).split()):.300}")
-        self.send(image=encode(image), done=True, seconds=time.time() - start)
+        self.send(image=base64_png(image), done=True, seconds=time.time() - start)
 
 
 def painter(model, port=8000, examples=(), prompts=(), steps=25, cfg=2.0):
@@ -928,19 +910,18 @@ def painter(model, port=8000, examples=(), prompts=(), steps=25, cfg=2.0):
     are offered first; without any, the canvas is the preset's square."""
     height, width = examples[0].shape if examples else (model.preset.size,) * 2
     world = dict(names=model.classes.names, palette=model.classes.palette.tolist(),
-                 examples=[encode(label) for label in examples], height=height, width=width,
-                 prompts=prompts, steps=steps, cfg=cfg, limit=BODY,
-                 max_steps=len(model.schedule.alphas_cumprod))
-    text = json.dumps(world).replace("<", "\\u003c")        # no name ends the script
+                 examples=[base64_text(label.tobytes()) for label in examples],
+                 height=height, width=width, prompts=prompts, steps=steps, cfg=cfg, limit=BODY)
+    text = json.dumps(world).replace("<", "\\u003c")  # no name ends the script
     server = PageServer(("127.0.0.1", port), PageHandler)
     server.page = PAGE.read_text("utf-8").replace("__WORLD__", text).encode()
     server.model, server.size, server.lock = model, (height, width), threading.Lock()
     return server
 
 
-def serve(args, load):
+def serve(args, model):
     """--serve: the page, until Ctrl+C."""
-    model, examples = load(), []
+    examples = []
     if model.preset == PRESETS["toy"]:
         examples = [toy_scene(10_000_001 + i)[1] for i in range(12)]
     prompts = "a street on a clear day", "a street at night", "a street in snow"
@@ -968,7 +949,7 @@ def number(low, high=math.inf, kind=float, exclusive=False):
             value = kind(text)
         except ValueError:
             value = math.nan
-        inside = low <= value <= high and value < math.inf          # not so for nan
+        inside = low <= value <= high and value < math.inf  # not so for nan
         if not inside or exclusive and value == low:
             raise argparse.ArgumentTypeError(f"must be {wanted}, not {text!r}")
         return value
@@ -992,7 +973,7 @@ def shard(text):
     return int(found[1]), int(found[2])
 
 
-def parse_args(argv=None):
+def parse_args():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = refuse
@@ -1033,36 +1014,24 @@ def parse_args(argv=None):
     add("--features", choices=["judge", "clip"], default="judge", help="of the Frechet distance")
     add("--port", type=number(0, 65535, int), default=8000, help="of --serve")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
-    return p.parse_args(argv)
-
-
-def check_args(args, meta, parts, classes):
-    """Raises InputError for flags that do not go with the adapter; sets the defaults that depend
-    on it."""
-    if args.preset not in (None, meta["preset"]):
-        raise InputError(f"{args.ckpt}: is of the {meta['preset']} preset, not {args.preset}")
-    if args.root and classes.key == "toy":
-        raise InputError("--root: the toy has no files")
-    embeds = meta["adapter"] in ("controlnet", "oft") and meta["hint"] == "classes"
-    if args.class_embeddings and not embeds:
-        raise InputError(f"--class-embeddings: the hint of {args.ckpt} has none")
-    if embeds and "layout" not in parts and not args.class_embeddings:
-        note(f"{args.ckpt}: has no class embeddings: the text encoder's serve, which differ from "
-             "the official ones (Cityscapes: in road, sidewalk, wall and sky): give the file that "
-             "it was trained with as --class-embeddings")
+    args = p.parse_args()
     if args.n is None:
         args.n = 2 if args.evaluate else 1
     if args.layouts and not args.prompts:
         args.prompts = ["{caption}"]
+    return args
+
+
+def open_model(args):
+    """The model that flags name; sets the guidance that it is used with, where no flag does."""
+    device = pick_device(args.device)
+    model = load_model(args.ckpt, args.sd, device, data=args.data,
+                       embeddings=args.class_embeddings)
+    if args.preset and model.preset != PRESETS[args.preset]:
+        raise InputError(f"{args.ckpt}: is not of the {args.preset} preset")
     if args.cfg is None:
-        args.cfg = GUIDANCE[meta["preset"]]
-
-
-def open_model(args, meta, parts, classes):
-    """The model that flags name, and a note of prompts that are too long for it."""
-    model = build_model(meta, parts, args.ckpt, classes, args.sd, args.device,
-                        embeddings=args.class_embeddings)
-    for prompt in dict.fromkeys([args.prompt, args.negative, *(args.prompts or [])]):
+        args.cfg = default_guidance(model.preset)
+    for prompt in [args.prompt, args.negative, *(args.prompts or [])]:
         cut = model.text.cut(prompt)
         if cut:
             note(f"a prompt is longer than the 77 tokens that the model reads; cut off is: {cut}")
@@ -1070,28 +1039,23 @@ def open_model(args, meta, parts, classes):
 
 
 def run(args):
-    """Each task refuses what it can before it calls `load`, which reads the large files."""
-    args.device = pick_device(args.device)
-    meta, parts = read_adapter(args.ckpt)
-    classes, preset = classes_of(meta, args.ckpt, args.data), PRESETS[meta["preset"]]
-    check_args(args, meta, parts, classes)
-    load = partial(open_model, args, meta, parts, classes)
+    model = open_model(args)
     if args.layout:
-        sample_layout(args, preset, classes, load)
+        sample_layout(args, model)
     elif args.layouts:
-        sample_dataset(args, preset, classes, load)
+        sample_dataset(args, model)
     elif args.evaluate:
-        sample_and_judge(args, preset, classes, load)
+        sample_and_judge(args, model)
     elif args.serve:
-        serve(args, load)
+        serve(args, model)
     else:
-        bench(args, load)
+        bench(args, model)
 
 
 def main():
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.stdout.reconfigure(errors="backslashreplace")       # names of files may be no UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
         run(parse_args())
     except InputError as error:
         note(f"sample.py: {error}")
@@ -1099,7 +1063,7 @@ def main():
     except torch.OutOfMemoryError:
         note("sample.py: out of GPU memory: choose a smaller --batch or --size")
         raise SystemExit(1)
-    except OSError as error:                # such as a full disk: nothing is half-written
+    except OSError as error:  # such as a full disk: nothing is half-written
         note(f"sample.py: {error}")
         raise SystemExit(1)
     except KeyboardInterrupt:

@@ -1019,6 +1019,8 @@ def parse_args():
         args.n = 2 if args.evaluate else 1
     if args.layouts and not args.prompts:
         args.prompts = ["{caption}"]
+    if args.layout and not Path(args.layout).is_file():  # said before large files are read
+        refuse(f"{args.layout}: there is no such file")
     return args
 
 

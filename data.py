@@ -1184,7 +1184,9 @@ def batches(dataset, batch, seed, start=0, workers=0, rank=0, world=1):
         raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
 
 
-# -- the toy world as files ------------------------------------------------------------------------
+# -- writing files ---------------------------------------------------------------------------------
+
+# Here and everywhere: a file is there whole, or not at all.
 
 @contextlib.contextmanager
 def atomic(path):
@@ -1202,10 +1204,20 @@ def atomic(path):
         raise
 
 
-def write_image(path, array):
+def write_png(path, image):
+    """image: a PIL.Image, or uint8 [H,W] or [H,W,3]."""
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(image)
     with atomic(path) as temporary:
-        Image.fromarray(array).save(temporary, "png")
+        image.save(temporary, "png")
 
+
+def write_text(path, text):
+    with atomic(path) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
+# -- the toy world as files ------------------------------------------------------------------------
 
 TOY_FILES = {
     "cityscapes": ("leftImg8bit/{split}/toy/{name}_leftImg8bit.png",
@@ -1227,12 +1239,10 @@ def write_toy(folder, form, split="train", length=None, domains=("day",)):
         for place, array in zip(TOY_FILES[form], render(seed, domain)):
             path = folder / place.format(split=split, name=name, domain=domain)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_image(path, array)
-    with atomic(folder / f"captions_{split}.json") as temporary:
-        temporary.write_text(json.dumps(toy.captions, indent=1))
+            write_png(path, array)
+    write_text(folder / f"captions_{split}.json", json.dumps(toy.captions, indent=1))
     if form == "path":
-        with atomic(folder / "classes.txt") as temporary:
-            temporary.write_text(classes_text(toy.classes))
+        write_text(folder / "classes.txt", classes_text(toy.classes))
     print(f"wrote {len(toy)} {split} pairs of the toy world")
 
 
@@ -1244,7 +1254,7 @@ def show_toy(path):
         column = [np.asarray(colorize(label, "toy"))]
         column += [render(seed, domain)[0] for domain in DOMAINS]
         columns.append(np.concatenate(column))
-    write_image(path, np.concatenate(columns, 1).repeat(2, 0).repeat(2, 1))
+    write_png(path, np.concatenate(columns, 1).repeat(2, 0).repeat(2, 1))
 
 
 def main():

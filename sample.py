@@ -44,12 +44,12 @@ from PIL import Image, ImageDraw
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from aldm import (ALDM, JUDGE, PRESETS, atomic, base_file, check_target, load_class_embeddings,
-                  load_frozen, load_into, load_segmenter, load_weights, pick_device, read_adapter,
-                  read_parts, remove_leftovers)
+from aldm import (ALDM, JUDGE, PRESETS, base_file, check_target, load_class_embeddings, load_frozen,
+                  load_into, load_segmenter, load_weights, pick_device, read_adapter, read_parts,
+                  remove_leftovers)
 from data import (ASSETS, DOMAINS, IGNORE, PHRASES, Classes, InputError, class_table, classes_text,
                   colorize, compose_caption, find_images, open_dataset, read_captions, read_layout,
-                  refuse, toy_scene)
+                  refuse, toy_scene, write_png, write_text)
 from discriminator import Classifier, UperNet, confusion_matrix, mean_iou
 from unet import OFT
 
@@ -238,18 +238,6 @@ def draw_curves(log_csv, path, width=320, height=100):
 def note(text):
     """Tell the user something that does not stop the work."""
     print(text, file=sys.stderr)
-
-
-def write_png(path, image):
-    """image: a PIL.Image in RGB, or uint8 [H,W] or [H,W,3]. The file is whole, or not there."""
-    with atomic(path) as temporary:
-        Image.fromarray(np.asarray(image)).save(temporary, "png")
-
-
-def write_text(path, text):
-    """The file is whole, or not there."""
-    with atomic(path) as temporary:
-        Path(temporary).write_text(text, "utf-8")
 
 
 def make_folder(path):

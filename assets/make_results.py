@@ -18,8 +18,8 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from aldm import atomic, check_target
-from data import DOMAINS, InputError
+from aldm import check_target
+from data import DOMAINS, InputError, write_text
 from sample import number
 from train import FIGURES
 
@@ -154,8 +154,7 @@ def main():
         for name in args.tables:
             texts.append(generalisation(args) if name == "generalisation" else table(name, args))
         print("\n".join(texts))
-        with atomic(args.out) as temporary:
-            temporary.write_text("\n".join(texts))
+        write_text(args.out, "\n".join(texts))
     except KeyboardInterrupt:
         raise SystemExit(130)
     except (InputError, OSError, subprocess.CalledProcessError) as error:

@@ -320,7 +320,8 @@ def load_checkpoint(out, job, args):
     if saved["step"] > args.steps:
         raise InputError(f"--steps {args.steps}: {path} is further on; give a larger number")
     old, new = saved["flags"], flags_of(args)
-    differ = [f"{name} {old[name]}, now {new[name]}" for name in old if old[name] != new.get(name)]
+    differ = [f"{name} {value}, now {new[name]}" for name, value in old.items()
+              if value != new.get(name, value)]
     if differ:
         note(f"{path}: its run had {'; '.join(differ)}")
     for name, part in job.state.items():
@@ -490,7 +491,8 @@ def train_adapter(args):
         before = json.loads((out / "before.json").read_text())
     elif args.before and not checkpoints(out):
         before = judge_toy(model, parts, args)
-        write_text(out / "before.json", json.dumps(before, indent=1))
+        if before:
+            write_text(out / "before.json", json.dumps(before, indent=1))
     began = time.time()
     done = fit(job, args)
     if done == 0 and (out / "judged.json").exists():
@@ -772,13 +774,11 @@ def train_segmenter(args):
     tests = {}
     for name in args.test or [args.data]:
         data, _, root = name.partition("=")
-        root = root or (args.root if data == args.data else None)
-        tests[name] = load_dataset(args, data, root, "val", grid=1, augment=False)
+        tests[name] = load_dataset(args, data, root or args.root, "val", grid=1, augment=False)
     for name, dataset in [*zip(args.extra, extra), *tests.items()]:
         if dataset.classes.names != real.classes.names:
             raise InputError(f"{name}: its {len(dataset.classes.names)} classes are not the "
                              f"{len(real.classes.names)} of {args.data}")
-    synthetic_share(args)
     torch.manual_seed(args.seed)
     net = UperNet(len(real.classes.names), **PRESETS[args.preset].segmenter)
     if args.segmenter:
@@ -802,12 +802,7 @@ def train_segmenter(args):
 
 def synthetic_share(args):
     """-> how many images of each batch come from each of the --extra sets"""
-    if not args.extra:
-        return 0
-    each = round(args.mix * args.batch / len(args.extra))
-    if not 0 < each * len(args.extra) < args.batch:
-        raise InputError(f"--mix {args.mix}: of a batch of {args.batch}, that is nothing or all")
-    return each
+    return round(args.mix * args.batch / max(len(args.extra), 1))
 
 
 def mixed_stream(args, real, extra, first):
@@ -919,6 +914,9 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
+whole = partial(number, kind=int)
+
+
 def add_data_flags(add):
     add("--data", default="toy", help="toy, cityscapes, ade20k, coco, or a folder with images/,\n"
         "labels/, classes.txt (default toy)")
@@ -934,13 +932,12 @@ def add_data_flags(add):
     add("--class-embeddings", help="the official .pth (default: computed by the text encoder)")
     add("--segmenter", nargs="+", help="start the discriminator (or segmenter) from mit-semseg's\n"
         "ADE20K files (encoder and decoder), or from one of ours")
-    add("--size", type=number(16, kind=int), help="side of the crops, pixels")
+    add("--size", type=whole(16), help="side of the crops, pixels")
     add("--cache", help="folder for latents and text states, computed once")
-    add("--workers", type=number(0, kind=int), default=0, help="loading processes (default 0)")
+    add("--workers", type=whole(0), default=0, help="loading processes (default 0)")
 
 
 def add_method_flags(add):
-    whole = partial(number, kind=int)
     add("--adapter", choices=["controlnet", "t2i", "oft", "freestyle"],
         help="what brings the layout in (default controlnet)")
     add("--hint", choices=["classes", "color"], default="classes",
@@ -965,7 +962,6 @@ def add_method_flags(add):
 
 
 def add_run_flags(add):
-    whole = partial(number, kind=int)
     add("--train", choices=["adapter", "segmenter"], default="adapter", help="(default adapter)")
     add("--steps", type=whole(1), help="iterations")
     add("--batch", type=whole(1), help="images per process and micro batch")
@@ -1044,6 +1040,8 @@ def check(args):
     if args.unroll >= args.starts_below:
         raise InputError(f"--t-max {args.t_max}: only {args.starts_below} DDIM steps lie below it, "
                          f"too few for --unroll {args.unroll}")
+    if args.extra and not 0 < synthetic_share(args) * len(args.extra) < args.batch:
+        raise InputError(f"--mix {args.mix}: of a batch of {args.batch}, that is nothing or all")
     if toy and args.size != 64:
         raise InputError(f"--size {args.size}: the toy world is 64x64")
     if toy and (args.root or args.captions):

@@ -105,7 +105,8 @@ def make_vae(args):
     vae = VAE(PRESETS["toy"].vae)
     linear_start(vae, toy_pixels(toy, slice(0, 500), "cpu"))
     vae.to(args.device, memory_format=torch.channels_last)
-    train_stage(args, {"vae": vae}, partial(vae_loss, args, vae, toy), ["l1", "kl", "mse"])
+    loss = partial(vae_loss, args, vae, toy)
+    train_stage(args, {"vae": vae}, loss, ["l1", "kl", "mse"])
     normalize_latents(vae, toy_pixels(toy, slice(0, 2000), args.device))
     write_parts(args, {"vae": vae})
 
@@ -116,7 +117,8 @@ def vae_loss(args, vae, toy, step):
     mean, logvar = vae.moments(x)
     error = vae.decode(draw_latents(mean, logvar)) - x
     blurred = F.avg_pool2d(F.pad(x, (3, 3, 3, 3), mode="reflect"), 7, 1)
-    weight = 1 + 8 * (x - blurred).abs().mean(1, keepdim=True)
+    contrast = (x - blurred).abs().mean(1, keepdim=True)
+    weight = 1 + 8 * contrast
     l1 = (weight / weight.mean() * error.abs()).mean()
     kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
     return l1 + 1e-5 * kl, {"l1": l1, "kl": kl, "mse": (error ** 2).mean()}
@@ -141,7 +143,8 @@ def linear_start(vae, image):
     x = patches.permute(0, 2, 3, 1).flatten(0, 2)  # (n, 3 patch^2)
     m = x.mean(0)
     covariance = (x - m).double().T @ (x - m).double()
-    V = torch.linalg.eigh(covariance)[1].flip(1)[:, :z].float()  # the z largest components
+    _, eigenvectors = torch.linalg.eigh(covariance)  # ascending
+    V = eigenvectors.flip(1)[:, :z].float()
     s = ((x - m) @ V).std()
     encoder, decoder = vae.encoder, vae.decoder
     eye = torch.eye(z)
@@ -179,7 +182,8 @@ def set_gain(net, x):
     hook = net.norm_out.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     net(x)
     hook.remove()
-    net.norm_out.weight.fill_(seen[0].std((1, 2, 3)).mean())
+    deviation = seen[0].std((1, 2, 3))
+    net.norm_out.weight.fill_(deviation.mean())
 
 
 @torch.no_grad()
@@ -244,8 +248,8 @@ def tokenize_scenes(text, toy):
     captions = [toy.captions[name] for name in toy.names]
     photos = [f"A photo of {name}" for name in names]
     ids = text.tokenize([*captions, *photos, ""])
-    present = [torch.from_numpy((toy.labels == c).any((1, 2))) for c in range(len(names))]
-    return ids, torch.stack(present, dim=1).float()
+    present = np.stack([(toy.labels == c).any((1, 2)) for c in range(len(names))], axis=1)
+    return ids, torch.from_numpy(present).float()
 
 
 def base_loss(args, trained, averaged, moments, ids, present, step):
@@ -289,7 +293,8 @@ def make_judges(args):
         net.to(args.device, memory_format=torch.channels_last).train()
     days = Toy("train", ("day",), length=args.scenes // 5)
     everything = Toy("train", DOMAINS, length=args.scenes)
-    train_stage(args, nets, partial(judges_loss, args, nets, days, everything), list(nets))
+    loss = partial(judges_loss, args, nets, days, everything)
+    train_stage(args, nets, loss, list(nets))
     write_parts(args, nets)
 
 
@@ -338,8 +343,9 @@ def make_pictures(args):
     for i in range(3):
         write_png(out / f"layout_{i + 1}.png", colorize(toy_scene(10_000_001 + i)[1], "toy"))
     scenes = [toy_scene(10_000_000 + i) for i in (1, 3, 4, 6, 8)]
-    labels = torch.from_numpy(np.stack([label for _, label, _ in scenes])).long()
-    columns = {"layout": paint(labels, "toy"), "real": [image for image, _, _ in scenes]}
+    images, labels, _ = zip(*scenes)
+    labels = torch.from_numpy(np.stack(labels)).long()
+    columns = {"layout": paint(labels, "toy"), "real": images}
     for title, adapter, weather in (
             ("noise loss", "toy_controlnet", "on a clear day"),
             ("ALDM", "toy_aldm", "on a clear day"),
@@ -349,7 +355,8 @@ def make_pictures(args):
         model = load_model(out / f"{adapter}.safetensors", out / "toy.safetensors", args.device)
         prompts = [f"a street {weather}"] * len(scenes)
         columns[title] = generate(model, labels, prompts, range(len(scenes)))
-    write_png(out / "toy.png", grid(list(zip(*columns.values())), titles=list(columns)))
+    rows = list(zip(*columns.values()))
+    write_png(out / "toy.png", grid(rows, titles=list(columns)))
 
 
 STAGES = {"vae": make_vae, "base": make_base, "judges": make_judges, "adapters": make_adapters,

@@ -518,8 +518,8 @@ def load_dataset(args, data, root, split, grid=None, augment=True):
     """A split of a data set as the flags ask for it; see data.open_dataset."""
     captions = args.captions if data == args.data else None
     grid = grid or PRESETS[args.preset].vae.factor
-    return open_dataset(data, root, split, args.size, augment, captions=captions, grid=grid,
-                        skip_broken=args.skip_broken)
+    return open_dataset(data, root, split, args.size, augment=augment, captions=captions,
+                        grid=grid, skip_broken=args.skip_broken)
 
 
 def stream(args, dataset, batch, first):

@@ -10,17 +10,15 @@ import signal
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 if __name__ == "__main__":
-    for number in SIGNALS:  # until the training begins, they end it without a word
-        signal.signal(number, lambda number, _: os._exit(128 + number))
+    for which in SIGNALS:  # until the training begins, they end it without a word
+        signal.signal(which, lambda which, _: os._exit(128 + which))
     # Waiting threads soon sleep: spinning, they slow down everything beside them, and themselves.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import argparse
-import csv
 import fcntl
 import json
 import math
-import re
 import sys
 import time
 import zipfile
@@ -36,19 +34,20 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from aldm import (ALDM, PRESETS, Schedule, TextEncoder, atomic, load_class_embeddings,
-                  load_frozen, load_into, load_segmenter, pick_device, read_adapter,
-                  remove_leftovers, save_adapter, save_tensors, unrolled_adversarial_loss)
+from aldm import (ALDM, PRESETS, Schedule, TextEncoder, atomic, check_finite,
+                  load_class_embeddings, load_frozen, load_into, load_segmenter, pick_device,
+                  read_adapter, remove_leftovers, save_adapter, save_tensors,
+                  unrolled_adversarial_loss)
 from data import (ASSETS, IGNORE, InputError, Toy, batches, class_table, colorize, open_dataset,
                   refuse)
 from discriminator import (Bottleneck, UperNet, confusion_matrix, discriminator_loss, mean_iou,
                            segment)
 from sample import (device_name, draw_curves, evaluate, from_pixels, generate, grid, measure,
-                    number, to_pixels, toy_judges, write_png)
+                    number, rounded, to_pixels, toy_judges, write_png, write_text)
 from unet import ResBlock, SpatialTransformer, UNet
 from vae import VAE, ResnetBlock
 
@@ -83,7 +82,7 @@ def generator_loss(model, discriminator, batch, step, args):
     """L = L_noise + lambda_adv * L_adv on one (micro) batch (Sec. 3.1 and 3.2).
 
     batch has label [B,H,W], x0 [B,4,h,w], context [B,77,C] -> loss, its parts {name: scalar}, and
-    fakes [B,3,H,W] for the discriminator, or None where it has no turn.
+    fakes [B,3,H,W] for the discriminator, or None where it does not learn from this step.
     """
     label, x0, context = batch["label"], batch["x0"], batch["context"]
     schedule = model.schedule
@@ -113,7 +112,8 @@ def generator_loss(model, discriminator, batch, step, args):
         adv, fakes, _ = unrolled_adversarial_loss(
             model, discriminator, x_t, eps, start, timesteps, label, context, layout, unroll,
             args.unroll_grad)
-    return noise_loss + weight * adv, {"noise": noise_loss, "adv": adv}, fakes
+    loss = noise_loss + weight * adv
+    return loss, {"noise": noise_loss, "adv": adv}, fakes if d_learns else None
 
 
 def ramp(step, first, last):
@@ -135,8 +135,7 @@ def train_step(model, discriminator, opt_g, opt_d, micro_batches, step, args):
         fakes.append(fake)
     losses["dropped"] = update(opt_g, losses)
 
-    d_turn = fakes[0] is not None and args.discriminator == "trained" and step >= args.d_start
-    if d_turn:
+    if fakes[0] is not None:
         d_losses = discriminator_step(model, discriminator, opt_d, micro_batches, fakes, args)
         losses["dropped"] = losses["dropped"] + 2 * d_losses.pop("dropped")
         losses |= d_losses
@@ -227,7 +226,7 @@ class Job:
     step: Callable    # batch, step -> {name: scalar}, "dropped" among them
     columns: list     # of log.csv: all the names that `step` may give
     show: Callable = None    # step -> {name: scalar}: draws the run's pictures
-    export: Callable = None  # step, path: writes what users take from the run
+    export: Callable = None  # step: writes what users take from the run
 
 
 def fit(job, args):
@@ -258,14 +257,14 @@ def fit(job, args):
                 losses |= job.show(done)  # before the checkpoint: a run killed here draws once more
             log.add(done, losses)
             bar.update()
-            bar.set_postfix(log.shown(), refresh=False)
+            bar.set_postfix(log.last, refresh=False)
 
-            stop = largest(signals[0] if signals else 0)
-            if at_end or stop:
-                log.finish()
-            save_now = done % args.save_every == 0 and log.is_finite()
-            if save_now or at_end or stop:
-                save_checkpoint(out, job, done, args)
+            stop = largest(max(signals, default=0))
+            at_end = at_end or stop > 0
+            if at_end or done % args.save_every == 0:
+                is_finite = log.flush(at_end)
+                if is_finite or at_end:
+                    save_checkpoint(out, job, done, args)
                 largest(0)  # no process ends before it is written
             if stop:
                 note(f"stopped at step {done}, go on with --resume")
@@ -277,12 +276,11 @@ def save_checkpoint(out, job, step, args):
     """Write all that --resume needs, and what users take from the run; keep the newest --keep."""
     if rank() > 0:
         return
-    for name, part in job.state.items():
-        for key, value in part.state_dict().items():
-            if torch.is_tensor(value) and not value.isfinite().all():
-                raise Stopped(f"step {step}: {name}'s {key} is not finite; a lower --lr may help")
     content = {"step": step, "meta": job.meta, "flags": flags_of(args)}
-    content |= {name: part.state_dict() for name, part in job.state.items()}
+    for name, part in job.state.items():
+        content[name] = part.state_dict()
+        if isinstance(part, torch.nn.Module):
+            check_finite(content[name], f"step {step}: {name}")
     with atomic(out / f"checkpoint_{step:07d}.pt") as temporary:
         try:
             torch.save(content, temporary)
@@ -291,9 +289,7 @@ def save_checkpoint(out, job, step, args):
     for path in checkpoints(out)[:-args.keep]:
         path.unlink()
     if job.export:
-        job.export(step, None)
-        if step % (10 * args.save_every) == 0:
-            job.export(step, f"{step:07d}")
+        job.export(step)
 
 
 def load_checkpoint(out, job, args):
@@ -302,37 +298,42 @@ def load_checkpoint(out, job, args):
     Raises InputError where the run is of other settings, already longer than --steps, or where all
     checkpoints are damaged.
     """
+    saved = None
     damaged = []
     for path in reversed(checkpoints(out)):
         try:
-            with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
-                if file.testzip():
-                    raise ValueError("a bad checksum")
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = read_checkpoint(path)
             break
-        except Exception as error:  # whatever the two raise at a damaged file; nothing is executed
-            damaged.append(f"{path}: damaged ({type(error).__name__})")
-    else:
-        if damaged:
-            raise InputError(f"{damaged[0]}, and no checkpoint is whole; choose another --out")
+        except Exception:  # whatever the two libraries raise at a damaged file
+            damaged.append(str(path))
+    if saved is None and damaged:
+        raise InputError(f"{damaged[0]}: damaged, and no checkpoint is whole; choose another --out")
+    if saved is None:
         note(f"{out}: nothing to resume yet, so it starts at step 0")
         return 0
-    for line in damaged:
-        note(f"{line}; going back to {path.name}")
+    if damaged:
+        note(f"{', '.join(damaged)}: damaged; going back to {path.name}")
     for key, value in job.meta.items():
         if saved["meta"].get(key) != value:
             raise InputError(f"{path}: its run has {key} {saved['meta'].get(key)!r:.60}, this one "
                              f"{value!r:.60}; resume with the same flags, or choose another --out")
     if saved["step"] > args.steps:
         raise InputError(f"--steps {args.steps}: {path} is further on; give a larger number")
-    now = flags_of(args)
-    differ = [f"{name} {old}, now {now[name]}" for name, old in saved["flags"].items()
-              if name in now and now[name] != old]
+    old, new = saved["flags"], flags_of(args)
+    differ = [f"{name} {value}, now {new[name]}" for name, value in old.items()
+              if value != new.get(name, value)]
     if differ:
         note(f"{path}: its run had {'; '.join(differ)}")
     for name, part in job.state.items():
         part.load_state_dict(saved[name])
     return saved["step"]
+
+
+def read_checkpoint(path):
+    with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
+        if file.testzip():
+            raise ValueError("a bad checksum")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def checkpoints(out):
@@ -344,7 +345,7 @@ def flags_of(args):
     names = ("seed", "batch", "accumulate", "lr", "lr_d", "lambda_adv", "fake_weight", "ramp",
              "lazy", "unroll", "unroll_grad", "ddim_steps", "t_max", "discriminator", "init",
              "segmenter")
-    return {name: str(getattr(args, name)) for name in names if hasattr(args, name)}
+    return {name: str(value) for name, value in vars(args).items() if name in names}
 
 
 class Stopped(Exception):
@@ -352,75 +353,60 @@ class Stopped(Exception):
 
 
 class Log:
-    """log.csv, a row per step; on a GPU written in tens, as reading a loss makes the CPU wait.
-
-    Raises Stopped when ten of the last hundred steps were dropped.
-    """
-    WHO = {1: "the adapter", 2: "the discriminator", 3: "adapter and discriminator"}
+    """log.csv, a row per step; on a GPU written in tens, as reading a loss makes the CPU wait."""
 
     def __init__(self, path, columns, first):
         self.path = path
-        self.columns = ["step", *columns, "dropped"]
-        self.waiting = []
+        self.columns = [*columns, "dropped"]
+        self.waiting = []  # steps and losses that are not written yet
         self.last = {}
-        self.dropped = deque(maxlen=100)  # of each step what train_step says
-        rows = []
-        if path.exists():
-            with open(path, newline="", errors="replace") as file:
-                rows = [row for row in csv.reader(file) if len(row) == len(self.columns)]
-            rows = [row for row in rows if row[0].isdigit() and int(row[0]) <= first]
+        self.dropped = deque(maxlen=100)  # of each step, whether it was
+        rows = [",".join(["step", *self.columns])]
+        if path.exists():  # of a run that is resumed: steps behind its checkpoint are done again
+            done = {str(step) for step in range(1, first + 1)}
+            for row in path.read_text(errors="replace").splitlines():
+                cells = row.split(",")
+                if cells[0] in done and len(cells) == len(columns) + 2:
+                    rows.append(row)
         if rank() == 0:
-            with atomic(path) as temporary, open(temporary, "w", newline="") as file:
-                csv.writer(file).writerows([self.columns, *rows])
+            write_text(path, "\n".join(rows) + "\n")
 
     def add(self, step, losses):
         self.waiting.append((step, losses))
         if len(self.waiting) == 10 or losses["dropped"].device.type == "cpu":
             self.flush()
 
-    def flush(self):
-        waiting = self.waiting
-        self.waiting = []
-        for step, losses in waiting:
+    def flush(self, at_end=False):
+        """Write what waits. -> whether the last step was not dropped. Raises Stopped where ten of
+        the last hundred steps were; at the end of a run, where all were."""
+        rows = []
+        for step, losses in self.waiting:
             values = {name: value.item() for name, value in losses.items()}
+            cells = [f"{values[name]:.7g}" if name in values else "" for name in self.columns]
+            rows.append(",".join([str(step), *cells]) + "\n")
             self.last |= values
-            self.dropped.append(values["dropped"])
-            if rank() == 0:
-                cells = [f"{values[n]:.7g}" if n in values else "" for n in self.columns[1:]]
-                with open(self.path, "a", newline="") as file:
-                    csv.writer(file).writerow([step, *cells])
-            if sum(d > 0 for d in self.dropped) >= 10:
-                who = self.WHO[values["dropped"]]
-                raise Stopped(f"step {step}: loss or gradients of {who} are not finite, in ten of "
-                              "the last hundred steps")
-
-    def is_finite(self):
-        """Whether the last step was not dropped."""
-        self.flush()
+            self.dropped.append(values["dropped"] > 0)
+        self.waiting.clear()
+        if rank() == 0:
+            with open(self.path, "a") as file:
+                file.writelines(rows)
+        count = sum(self.dropped)
+        if count >= 10 or (at_end and count == len(self.dropped)):
+            raise Stopped(f"{count} of the last {len(self.dropped)} steps had losses or gradients "
+                          f"that were not finite; {self.path} tells whose, in the column dropped")
         return not self.dropped[-1]
-
-    def finish(self):
-        self.flush()
-        if all(self.dropped):
-            raise Stopped("the losses of the last steps were not finite")
-
-    def shown(self):
-        return {name: f"{value:.3g}" for name, value in self.last.items()
-                if value or name != "dropped"}
 
 
 def open_run(args):
     """Make --out, for this process alone, without what a killed run has left half-written."""
     out = Path(args.out)
     if rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        args.lock = open(out / ".lock", "w")  # held as long as this process lives
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            args.lock = open(out / ".lock", "w")  # held as long as this process lives
             fcntl.lockf(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{out}: another run is writing here; choose another --out") from None
-        except OSError as error:
-            raise InputError(f"--out {out}: {error.strerror}; choose another folder") from None
         if not args.resume and (checkpoints(out) or (out / "log.csv").exists()):
             raise InputError(f"{out}: holds a run; go on with --resume, or choose another --out")
         remove_leftovers(out)
@@ -433,16 +419,16 @@ def guarded(out):
     """Within it SIGINT and SIGTERM are not obeyed, but noted in the list that it yields; what stops
     the run is told with the checkpoint that is left."""
     noted = []
-    before = [signal.signal(number, lambda number, _: noted.append(number)) for number in SIGNALS]
+    before = [signal.signal(which, lambda which, _: noted.append(which)) for which in SIGNALS]
     try:
         yield noted
-    except (Stopped, OSError, SafetensorError, torch.OutOfMemoryError) as error:
+    except (Stopped, InputError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
         reason = " ".join(str(error).split())
         last = max(checkpoints(out), default="none")
         raise Stopped(f"{reason}; last good checkpoint: {last}") from None
     finally:
-        for number, handler in zip(SIGNALS, before):
-            signal.signal(number, handler)
+        for which, handler in zip(SIGNALS, before):
+            signal.signal(which, handler)
 
 
 def note(text):
@@ -487,10 +473,7 @@ def train_adapter(args):
     shown = [dataset[i] for i in range(min(6, len(dataset)))]
     if args.cache:
         dataset = Cache(args.cache, dataset, model)
-    trained = [p for p in model.adapter.parameters() if p.requires_grad]
-    opt_g = torch.optim.AdamW(trained, lr=args.lr, fused=True)
-    opt_d = torch.optim.AdamW(discriminator.parameters(), lr=args.lr_d, weight_decay=0.005,
-                              fused=True)
+    opt_g, opt_d = optimizers(model, discriminator, args)
     job = Job(
         state={"adapter": model.adapter, "layout": model.layout, "discriminator": discriminator,
                "opt_g": opt_g, "opt_d": opt_d},
@@ -503,31 +486,40 @@ def train_adapter(args):
         export=partial(export_adapter, args, model, meta))
 
     out = open_run(args)
-    before = read_json(out / "before.json")  # of a run that is resumed
-    if before is None and args.before and not checkpoints(out):
-        before = judged(model, parts, args)
-        write_json(out / "before.json", before)
+    before = None
+    if (out / "before.json").exists():  # of a run that is resumed
+        before = json.loads((out / "before.json").read_text())
+    elif args.before and not checkpoints(out):
+        before = judge_toy(model, parts, args)
+        if before:
+            write_text(out / "before.json", json.dumps(before, indent=1))
     began = time.time()
     done = fit(job, args)
     if done == 0 and (out / "judged.json").exists():
         note(f"{out}: finished already, nothing is changed")
         return
-    # Of the whole run, also where only its end was seen.
-    seconds = (time.time() - began) * args.steps / done if done else None
-    after = judged(model, parts, args)
+    after = judge_toy(model, parts, args)
     if after:
-        print_table(before, after, seconds)
-        write_json(out / "judged.json", {**after, "seconds": seconds, "before": before})
+        # Of the whole run, also where only its end was seen.
+        after["seconds"] = (time.time() - began) * args.steps / done if done else None
+        print_table(before, after)
+        write_text(out / "judged.json", json.dumps({**after, "before": before}, indent=1))
+
+
+def optimizers(model, discriminator, args):
+    """-> the adapter's, the discriminator's"""
+    trained = [p for p in model.adapter.parameters() if p.requires_grad]
+    opt_g = torch.optim.AdamW(trained, args.lr, fused=True)
+    opt_d = torch.optim.AdamW(discriminator.parameters(), args.lr_d, weight_decay=0.005, fused=True)
+    return opt_g, opt_d
 
 
 def load_dataset(args, data, root, split, grid=None, augment=True):
     """A split of a data set as the flags ask for it; see data.open_dataset."""
-    if data.split(":")[0] == "toy":
-        return open_dataset(data, None, split, args.size, augment=augment)
-    grid = grid or PRESETS[args.preset].vae.factor
     captions = args.captions if data == args.data else None
-    return open_dataset(data, root, split, args.size, captions=captions, grid=grid, augment=augment,
-                        skip_broken=args.skip_broken)
+    grid = grid or PRESETS[args.preset].vae.factor
+    return open_dataset(data, root, split, args.size, augment=augment, captions=captions,
+                        grid=grid, skip_broken=args.skip_broken)
 
 
 def stream(args, dataset, batch, first):
@@ -600,34 +592,38 @@ def make_fast(model, discriminator, args):
 def adapter_step(args, model, discriminator, opt_g, opt_d, items, step):
     micro_batches = []
     for i in range(0, len(items["label"]), args.batch):
-        micro_batches.append(prepare(model, items, slice(i, i + args.batch)))
+        part = {name: values[i:i + args.batch] for name, values in items.items()}
+        micro_batches.append(prepare(model, part))
     return train_step(model, discriminator, opt_g, opt_d, micro_batches, step, args)
 
 
 @torch.no_grad()
-def prepare(model, items, part):
+def prepare(model, items):
     """Loaded items -> what a step needs: label [B,H,W], x0 [B,4,h,w] (a draw from the encoder's
     Gaussian), context [B,77,C]."""
-    label = items["label"][part].to(model.device, non_blocking=True).long()
+    there = {name: values.to(model.device, non_blocking=True)
+             for name, values in items.items() if torch.is_tensor(values)}
     if "moments" in items:  # of a Cache
-        moments = items["moments"][part].to(model.device, non_blocking=True).float()
-        mean, logvar = moments.chunk(2, dim=1)
+        mean, logvar = there["moments"].float().chunk(2, dim=1)
         x0 = (mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)) * model.vae.cfg.scale
-        context = items["context"][part].to(model.device, non_blocking=True).float()
+        context = there["context"].float()
     else:
-        image = items["image"][part].to(model.device, non_blocking=True)
-        x0 = model.vae.encode(image, sample=True)
-        context = model.text.encode(items["caption"][part])
-    return {"label": label, "x0": x0, "context": context}
+        x0 = model.vae.encode(there["image"], sample=True)
+        context = model.text.encode(items["caption"])
+    return {"label": there["label"].long(), "x0": x0, "context": context}
 
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def export_adapter(args, model, meta, step, milestone):
-    """adapter.safetensors, or a milestone that stays: adapter_0010000.safetensors."""
-    name = f"adapter_{milestone}.safetensors" if milestone else "adapter.safetensors"
-    save_adapter(Path(args.out) / name, model, {**meta, "step": step}, DTYPES[args.adapter_dtype])
+def export_adapter(args, model, meta, step):
+    """adapter.safetensors; at every tenth checkpoint also one that stays: adapter_0010000."""
+    names = ["adapter"]
+    if step % (10 * args.save_every) == 0:
+        names.append(f"adapter_{step:07d}")
+    for name in names:
+        save_adapter(Path(args.out) / f"{name}.safetensors", model, {**meta, "step": step},
+                     DTYPES[args.adapter_dtype])
 
 
 @torch.no_grad()
@@ -635,46 +631,46 @@ def save_pictures(args, model, discriminator, items, step):
     """step_*.png, a row per layout, and log.csv as curves. -> {"D_mIoU": of what the discriminator
     finds in the generated images}"""
     label = torch.stack([item["label"] for item in items]).to(model.device)
+    image = torch.stack([item["image"] for item in items]).to(model.device)
     captions = [item["caption"] for item in items]
     samples = generate(model, label, captions, seeds=range(len(items)), steps=args.ddim_steps)
-    image = torch.stack([item["image"] for item in items]).to(model.device)
-    t = torch.full((len(items),), 401, device=model.device)
     with autocast(args):
         x0 = model.vae.encode(image)
+        t = torch.full((len(items),), 401, device=model.device)
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0)
         x_t = model.schedule.add_noise(x0, t, noise)
         x0_hat = model.schedule.predict_x0(x_t, t, model.eps(x_t, t, captions, label))
         seen = model.vae.decode(x0_hat).float().clamp(-1, 1)
         found = discriminator(seen).argmax(1)
         answer = discriminator(from_pixels(samples, model.device)).argmax(1)
-    found = found.where(found < len(model.classes.names), IGNORE)  # "fake" is black
+    N = len(model.classes.names)
     columns = {
         "layout": paint(label, model.classes),
         "real": to_pixels(image),
         "generated": samples,
         "x0_hat, t = 401": to_pixels(seen),
-        "what D finds there": paint(found, model.classes),
+        "what D finds there": paint(found.where(found < N, IGNORE), model.classes),  # fake: black
     }
     out = Path(args.out)
     rows = list(zip(*columns.values()))
     write_png(out / f"step_{step:07d}.png", grid(rows, titles=list(columns)))
     draw_curves(out / "log.csv", out / "curves.png")
-    _, iou = mean_iou(confusion_matrix(answer, label, len(model.classes.names) + 1))
-    return {"D_mIoU": iou[:-1].nanmean()}  # without "fake"
+    _, iou = mean_iou(confusion_matrix(answer, label, N + 1))
+    return {"D_mIoU": iou[:N].nanmean()}
 
 
 def paint(labels, classes):
     return [np.asarray(colorize(label, classes)) for label in labels.cpu()]
 
 
-def judged(model, parts, args):
+def judge_toy(model, parts, args):
     """What the toy's judges say of images of layouts that no training has seen, or None."""
     toy = class_table("toy")
     if "judge" not in parts or not args.eval or rank() > 0 or model.classes.names != toy.names:
         return None
     judge, classifier = toy_judges(parts, model.device)
-    items = Toy("val", ("day",), length=args.eval, augment=False)
-    items = [items[i] for i in range(len(items))]
+    dataset = Toy("val", ("day",), length=args.eval, augment=False)
+    items = [dataset[i] for i in range(len(dataset))]
     return evaluate(model, items, judge, classifier, n=2, diverse=16, batch=16,
                     steps=args.ddim_steps)
 
@@ -691,24 +687,11 @@ FIGURES = {  # a column of our tables -> its key in judged.json
 }
 
 
-def print_table(before, after, seconds):
-    print(f"{'':20}{'before':>8}{'after':>8}")
+def print_table(before, after):
+    print(f"{'':20}{'before':>9}{'after':>9}")
     for title, key in FIGURES.items():
-        if key != "seconds":
-            values = [result.get(key) if result else None for result in (before, after)]
-            cells = [f"{v:8.3f}" if v is not None else f"{'-':>8}" for v in values]
-            print(f"{title:20}{''.join(cells)}")
-    if seconds:
-        print(f"trained in {seconds:.0f} s")
-
-
-def read_json(path):
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def write_json(path, content):
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
+        values = [(result or {}).get(key) for result in (before, after)]
+        print(f"{title:20}" + "".join(f"{'-':>9}" if v is None else f"{v:9.3f}" for v in values))
 
 
 class Cache(torch.utils.data.Dataset):
@@ -724,8 +707,8 @@ class Cache(torch.utils.data.Dataset):
         self.folder = Path(folder)
         self.dataset = dataset
         self.factor = model.vae.cfg.factor
-        weights = sum(p.double().abs().sum().item()
-                      for p in [*model.vae.parameters(), *model.text.parameters()])
+        frozen = [*model.vae.parameters(), *model.text.parameters()]
+        weights = sum(p.double().abs().sum().item() for p in frozen)
         made_of = f"{dataset.stamp()}, size {dataset.size}, weights {weights:.6e}"
         self.folder.mkdir(parents=True, exist_ok=True)
         sign = self.folder / "cache.txt"
@@ -734,8 +717,7 @@ class Cache(torch.utils.data.Dataset):
                              "choose another folder")
         if rank() == 0:
             remove_leftovers(self.folder)
-            with atomic(sign) as temporary:
-                temporary.write_text(made_of)
+            write_text(sign, made_of)
         mine = range(rank(), len(dataset), world())
         for i in tqdm(mine, "cache", disable=rank() > 0, mininterval=1):
             if not self.is_whole(i):
@@ -760,12 +742,10 @@ class Cache(torch.utils.data.Dataset):
     def write(self, index, model):
         image, label = self.dataset.full(index)
         both = torch.stack([image, image.flip(-1)]).to(model.device)
-        moments = torch.cat(model.vae.moments(both), dim=1).contiguous()  # (2, 2z, h, w)
+        moments = torch.cat(model.vae.moments(both), dim=1)  # (2, 2z, h, w)
         context = model.text.encode([self.dataset[index]["caption"]])[0]
-        content = {"moments": moments.half().cpu(), "label": label.byte(),
-                   "context": context.half().cpu()}
-        with atomic(self.file(index)) as temporary:
-            save_file(content, temporary)
+        content = {"moments": moments.half(), "label": label.byte(), "context": context.half()}
+        save_tensors(self.file(index), content, {})
 
     def __len__(self):
         return len(self.dataset)
@@ -773,16 +753,14 @@ class Cache(torch.utils.data.Dataset):
     def __getitem__(self, key):
         index, seed = key
         flip, top, left = self.dataset.window(index, seed)
+        content = load_file(self.file(index))
+        label = content["label"].flip(-1) if flip else content["label"]
+        moments = content["moments"][int(flip)]
         f, size = self.factor, self.dataset.size
         rows = slice(top // f, (top + size) // f)
         columns = slice(left // f, (left + size) // f)
-        with safe_open(self.file(index), "pt") as file:
-            label = file.get_tensor("label")
-            moments = file.get_slice("moments")[int(flip), :, rows, columns]
-            context = file.get_tensor("context")
-        label = label.flip(-1) if flip else label
-        label = label[top:top + size, left:left + size]
-        return {"moments": moments, "label": label, "context": context, "index": index}
+        return {"moments": moments[:, rows, columns], "context": content["context"],
+                "label": label[top:top + size, left:left + size]}
 
 
 # -- training a plain segmenter (Table 4) ----------------------------------------------------------
@@ -796,13 +774,11 @@ def train_segmenter(args):
     tests = {}
     for name in args.test or [args.data]:
         data, _, root = name.partition("=")
-        root = root or (args.root if data == args.data else None)
-        tests[name] = load_dataset(args, data, root, "val", grid=1, augment=False)
+        tests[name] = load_dataset(args, data, root or args.root, "val", grid=1, augment=False)
     for name, dataset in [*zip(args.extra, extra), *tests.items()]:
         if dataset.classes.names != real.classes.names:
             raise InputError(f"{name}: its {len(dataset.classes.names)} classes are not the "
                              f"{len(real.classes.names)} of {args.data}")
-    synthetic_share(args)
     torch.manual_seed(args.seed)
     net = UperNet(len(real.classes.names), **PRESETS[args.preset].segmenter)
     if args.segmenter:
@@ -826,12 +802,7 @@ def train_segmenter(args):
 
 def synthetic_share(args):
     """-> how many images of each batch come from each of the --extra sets"""
-    if not args.extra:
-        return 0
-    each = round(args.mix * args.batch / len(args.extra))
-    if not 0 < each * len(args.extra) < args.batch:
-        raise InputError(f"--mix {args.mix}: of a batch of {args.batch}, that is nothing or all")
-    return each
+    return round(args.mix * args.batch / max(len(args.extra), 1))
 
 
 def mixed_stream(args, real, extra, first):
@@ -861,11 +832,10 @@ def segmenter_step(args, net, opt, batch, step):
     return {**losses, "dropped": dropped}
 
 
-def export_segmenter(args, net, meta, step, milestone):
-    if not milestone:
-        tensors = {f"segmenter.{name}": t for name, t in net.state_dict().items()}
-        save_tensors(Path(args.out) / "segmenter.safetensors", tensors,
-                     {**meta, "step": step, "format": "aldm-segmenter"})
+def export_segmenter(args, net, meta, step):
+    tensors = {f"segmenter.{name}": t for name, t in net.state_dict().items()}
+    save_tensors(Path(args.out) / "segmenter.safetensors", tensors,
+                 {**meta, "step": step, "format": "aldm-segmenter"})
 
 
 @torch.no_grad()
@@ -873,24 +843,20 @@ def test_segmenter(args, net, tests):
     """mIoU on whole images of the data sets {name: dataset}, in windows of the training size."""
     results = {}
     for name, dataset in tests.items():
-        N = len(dataset.classes.names)
-        confusion = torch.zeros(N, N, dtype=torch.int64)
+        names = dataset.classes.names
+        confusion = torch.zeros(len(names), len(names), dtype=torch.int64)
         for i in tqdm(range(len(dataset)), name, leave=False):
             image, label = dataset.full(i)
             with autocast(args):
                 logits = segment(net, image[None].to(args.device), args.size)
-            confusion += confusion_matrix(logits[0].argmax(0).cpu(), label, N)
+            confusion += confusion_matrix(logits[0].argmax(0).cpu(), label, len(names))
         miou, iou = mean_iou(confusion)
-        per_class = {c: None if math.isnan(v) else round(v, 5)
-                     for c, v in zip(dataset.classes.names, iou.tolist())}
-        results[name] = {"mIoU": round(miou, 5), "IoU": per_class}
-    print(f"{'':20}" + "".join(f"{name:>12}" for name in results))
-    print(f"{'mIoU':20}" + "".join(f"{result['mIoU']:12.3f}" for result in results.values()))
-    for c in dataset.classes.names:
-        values = [result["IoU"][c] for result in results.values()]
-        if any(v is not None for v in values):
-            print(f"  {c:18}" + "".join(f"{'-' if v is None else f'{v:.3f}':>12}" for v in values))
-    write_json(Path(args.out) / "segmenter.json", results)
+        per_class = {c: rounded(value) for c, value in zip(names, iou.tolist())}
+        results[name] = {"mIoU": rounded(miou), "IoU": per_class}
+        print(f"{name}: mIoU {miou:.3f}")
+        for c, value in per_class.items():
+            print(f"  {c:20} {value}")
+    write_text(Path(args.out) / "segmenter.json", json.dumps(results, indent=1))
 
 
 # -- what a step costs -----------------------------------------------------------------------------
@@ -912,9 +878,7 @@ def bench(args):
         unet.bfloat16()
     model = ALDM(preset, unet, vae, text, classes, args.adapter, args.hint).to(device)
     make_fast(model, discriminator, args)
-    trained = [p for p in model.adapter.parameters() if p.requires_grad]
-    opt_g = torch.optim.AdamW(trained, lr=1e-9, fused=True)
-    opt_d = torch.optim.AdamW(discriminator.parameters(), lr=1e-9, fused=True)
+    opt_g, opt_d = optimizers(model, discriminator, args)
     B = args.batch * args.accumulate
     items = {"image": torch.rand(B, 3, args.size, args.size) * 2 - 1, "caption": ["a street"] * B,
              "label": torch.randint(0, len(classes.names), (B, args.size, args.size))}
@@ -922,26 +886,26 @@ def bench(args):
         moments = torch.cat(model.vae.moments(items.pop("image").to(device)), 1).detach()
         items |= {"moments": moments, "context": model.text.encode(items.pop("caption"))}
     args.ramp, args.d_start, args.lazy = (0, 1), 0, 8  # step 8 is adversarial, 9 is not
-    count = sum(p.numel() for p in trained) / 1e6
+    count = sum(p.numel() for group in opt_g.param_groups for p in group["params"]) / 1e6
     print(f"{device_name(device)}, preset {args.preset}, {args.size} x {args.size}, batch {B}, "
           f"{args.adapter} ({count:.1f} M weights), {'bf16' if args.bf16 else 'fp32'}")
     print(f"{'':36}{'TFLOP':>9}{'ms':>10}{'TFLOP/s':>9}{'GiB peak':>10}")
-    seconds = []
     for title, step in (("noise step", 9), (f"adversarial step, K = {args.unroll}, with D's", 8)):
         run = partial(adapter_step, args, model, discriminator, opt_g, opt_d, items, step)
-        flops, took, peak = measure(run, device, args.repeat)
+        flops, seconds, peak = measure(run, device, args.repeat)
         tera = flops / 1e12
-        print(f"{title:36}{tera:9.3f}{took * 1e3:10.1f}{tera / took:9.2f}{peak:10.2f}", flush=True)
-        seconds.append(took)
-    print(f"eight steps, one of them adversarial: {7 * seconds[0] + seconds[1]:.3f} s")
+        print(f"{title:36}{tera:9.3f}{seconds * 1e3:10.1f}{tera / seconds:9.2f}{peak:10.2f}")
 
 
 # -- the command line ------------------------------------------------------------------------------
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                formatter_class=argparse.RawTextHelpFormatter)
+    defaults = "\n".join(f"  {name:13}{values}" for name, values in DEFAULTS.items())
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], allow_abbrev=False,
+        formatter_class=argparse.RawTextHelpFormatter,
+        epilog=f"defaults for toy, cityscapes (or a folder), ade20k (or coco):\n{defaults}")
     p.error = refuse
     add_data_flags(p.add_argument_group("data, weights and files").add_argument)
     add_method_flags(p.add_argument_group("the method").add_argument)
@@ -950,9 +914,7 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def by_data(name):
-    """The defaults of a flag per data set, for --help."""
-    return ", ".join(f"{data} {DEFAULTS[name][COLUMN[data]]}" for data in COLUMN)
+whole = partial(number, kind=int)
 
 
 def add_data_flags(add):
@@ -962,7 +924,7 @@ def add_data_flags(add):
     add("--captions", help="JSON, name -> caption (default: captions*.json in --root, or composed)")
     add("--skip-broken", action="store_true", help="leave out the pairs that the check names")
     add("--out", help="the run's folder (default runs/DATA)")
-    add("--preset", choices=list(PRESETS), help=f"size of the networks: {by_data('preset')}")
+    add("--preset", choices=list(PRESETS), help="size of the networks")
     add("--sd", help="Stable Diffusion 1.x: one file, or a diffusers folder (default: downloaded;\n"
         "toy: assets/toy.safetensors)")
     add("--init", help="start the adapter from this file, or none (default: none; toy: a\n"
@@ -970,43 +932,39 @@ def add_data_flags(add):
     add("--class-embeddings", help="the official .pth (default: computed by the text encoder)")
     add("--segmenter", nargs="+", help="start the discriminator (or segmenter) from mit-semseg's\n"
         "ADE20K files (encoder and decoder), or from one of ours")
-    add("--size", type=number(16, kind=int), help=f"side of the crops: {by_data('size')}")
+    add("--size", type=whole(16), help="side of the crops, pixels")
     add("--cache", help="folder for latents and text states, computed once")
-    add("--workers", type=number(0, kind=int), default=0, help="loading processes (default 0)")
+    add("--workers", type=whole(0), default=0, help="loading processes (default 0)")
 
 
 def add_method_flags(add):
-    whole = partial(number, kind=int)
     add("--adapter", choices=["controlnet", "t2i", "oft", "freestyle"],
         help="what brings the layout in (default controlnet)")
     add("--hint", choices=["classes", "color"], default="classes",
         help="the ControlNet's: ALDM's class embeddings, or colours")
     add("--discriminator", choices=["trained", "frozen", "none"], default="trained",
         help="none: the noise loss alone")
-    add("--lambda-adv", type=number(0), help=f"weight of L_adv: {by_data('lambda_adv')}")
-    add("--ramp", type=interval, metavar="A:B", help="steps in which that weight grows from 0:\n"
-        + by_data("ramp"))
-    add("--lazy", type=whole(1), help=f"L_adv and D every n-th step: {by_data('lazy')}")
-    add("--unroll", type=whole(0), help=f"K, unrolled DDIM steps: {by_data('unroll')}")
+    add("--lambda-adv", type=number(0), help="weight of L_adv")
+    add("--ramp", type=interval, metavar="A:B", help="steps in which that weight grows from 0")
+    add("--lazy", type=whole(1), help="L_adv and D every n-th step")
+    add("--unroll", type=whole(0), help="K, unrolled DDIM steps")
     add("--unroll-grad", choices=["first", "each", "full"], default="first",
         help="the estimates that carry gradient (default first)")
     add("--ddim-steps", type=whole(1, 1000), default=25, help="of chain and pictures (default 25)")
     add("--t-max", type=whole(1, 1000), default=1000, help="chains start below it (default 1000)")
-    add("--lr", type=number(0, exclusive=True), help=f"the adapter's, AdamW: {by_data('lr')}")
+    add("--lr", type=number(0, exclusive=True), help="the adapter's, AdamW")
     add("--warmup", type=whole(1), default=20, help="steps until --lr is reached (default 20)")
-    add("--lr-d", type=number(0, exclusive=True), help=f"D's maximum, AdamW: {by_data('lr_d')}")
-    add("--d-warmup", type=whole(1), help=f"D's updates until then: {by_data('d_warmup')}")
-    add("--d-cycle", type=whole(1), help=f"D's updates until 1/1000 of it: {by_data('d_cycle')}\n"
-        "(None: the run's)")
-    add("--d-start", type=whole(0), help=f"step at which D's training begins: {by_data('d_start')}")
-    add("--fake-weight", type=number(0), help=f"of L_Dis's fake term: {by_data('fake_weight')}")
+    add("--lr-d", type=number(0, exclusive=True), help="D's maximum, AdamW")
+    add("--d-warmup", type=whole(1), help="D's updates until then")
+    add("--d-cycle", type=whole(1), help="D's updates until 1/1000 of it (None: the run's)")
+    add("--d-start", type=whole(0), help="D is trained from this step on")
+    add("--fake-weight", type=number(0), help="weight of L_Dis's fake term")
 
 
 def add_run_flags(add):
-    whole = partial(number, kind=int)
     add("--train", choices=["adapter", "segmenter"], default="adapter", help="(default adapter)")
-    add("--steps", type=whole(1), help=by_data("steps"))
-    add("--batch", type=whole(1), help=f"images per process and micro batch: {by_data('batch')}")
+    add("--steps", type=whole(1), help="iterations")
+    add("--batch", type=whole(1), help="images per process and micro batch")
     add("--accumulate", type=whole(1), default=1, help="micro batches per step (default 1)")
     add("--seed", type=whole(0, 2 ** 32 - 1), default=0, help="of everything (default 0)")
     add("--device", help="cpu or cuda (default: cuda if there)")
@@ -1014,11 +972,11 @@ def add_run_flags(add):
     add("--recompute", action="store_true", help="blocks anew in the backward pass: less memory")
     add("--compile", action="store_true", help="compile the blocks: slow to start, then faster")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    add("--save-every", type=whole(1), help=f"steps between checkpoints: {by_data('save_every')}")
+    add("--save-every", type=whole(1), help="steps between checkpoints")
     add("--keep", type=whole(1), default=2, help="checkpoints that stay (default 2)")
     add("--adapter-dtype", choices=["fp16", "bf16", "fp32"], default="fp16",
         help="of adapter*.safetensors (default fp16)")
-    add("--sample-every", type=whole(1), help=f"steps between pictures: {by_data('sample_every')}")
+    add("--sample-every", type=whole(1), help="steps between pictures")
     add("--eval", type=whole(0), default=96, help="toy layouts that are judged (default 96)")
     add("--no-before", action="store_false", dest="before", help="judge after the training only")
     add("--bench", action="store_true", help="measure a step at this size, and stop")
@@ -1032,11 +990,9 @@ def add_segmenter_flags(add):
 
 
 def interval(text):
-    """An argparse type: "A:B" with whole numbers 0 <= A <= B -> (A, B)"""
-    found = re.fullmatch(r"(\d+):(\d+)", text)
-    if not found or int(found[1]) > int(found[2]):
-        raise argparse.ArgumentTypeError(f"must be A:B with 0 <= A <= B, not {text!r}")
-    return int(found[1]), int(found[2])
+    """An argparse type: "A:B" -> (A, B), whole numbers"""
+    first, last = map(int, text.split(":"))
+    return first, last
 
 
 SEGMENTER_DEFAULTS = {"steps": 2000, "batch": 16, "lr": 0.02}
@@ -1046,20 +1002,17 @@ def complete(args):
     """Fill in what --data implies, and check what argparse cannot. Raises InputError."""
     if args.bench and args.preset == "sd15" and args.data == "toy":
         args.data = "cityscapes"  # --bench takes only its classes
-    column = 0 if args.preset == "toy" else COLUMN.get(args.data.split(":")[0], 1)
-    if args.train == "segmenter":
-        for name, value in SEGMENTER_DEFAULTS.items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
     if args.init is None and args.data == "toy" and args.adapter in (None, "controlnet") \
             and args.hint == "classes":
         args.init = str(ASSETS / "toy_controlnet.safetensors")
     args.init = None if args.init == "none" else args.init
     if args.adapter is None:
         args.adapter = read_adapter(args.init)[0]["adapter"] if args.init else "controlnet"
-    for name, values in DEFAULTS.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, values[column])
+    column = 0 if args.preset == "toy" else COLUMN.get(args.data.split(":")[0], 1)
+    defaults = {name: values[column] for name, values in DEFAULTS.items()}
+    if args.train == "segmenter":
+        defaults |= SEGMENTER_DEFAULTS
+    fill_in(args, defaults)
     args.out = args.out or f"runs/{Path(args.data.replace(':', '-')).name}"
     args.device = pick_device(args.device)
     if args.device == "cpu":  # whose flash attention is slow backwards in bf16
@@ -1069,6 +1022,12 @@ def complete(args):
         args.discriminator = "none"
     check(args)
     return args
+
+
+def fill_in(args, defaults):
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def check(args):
@@ -1081,6 +1040,8 @@ def check(args):
     if args.unroll >= args.starts_below:
         raise InputError(f"--t-max {args.t_max}: only {args.starts_below} DDIM steps lie below it, "
                          f"too few for --unroll {args.unroll}")
+    if args.extra and not 0 < synthetic_share(args) * len(args.extra) < args.batch:
+        raise InputError(f"--mix {args.mix}: of a batch of {args.batch}, that is nothing or all")
     if toy and args.size != 64:
         raise InputError(f"--size {args.size}: the toy world is 64x64")
     if toy and (args.root or args.captions):
@@ -1106,12 +1067,9 @@ def main():
             train_segmenter(args)
         else:
             train_adapter(args)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, Stopped) as error:
         print(f"train.py: {error}", file=sys.stderr)
-        raise SystemExit(2)
-    except Stopped as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        raise SystemExit(1)
+        raise SystemExit(1 if isinstance(error, Stopped) else 2)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -29,41 +28,47 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from aldm import (ALDM, JUDGE, PRESETS, Schedule, TextEncoder, load_into, load_weights, pick_device,
+from aldm import (JUDGE, PRESETS, Schedule, TextEncoder, load_into, load_weights, pick_device,
                   save_base)
 from data import DOMAINS, IGNORE, InputError, Toy, class_table, colorize, toy_scene
 from discriminator import Classifier, UperNet
 from sample import from_pixels, generate, grid, load_model, number, write_png
-from train import Job, Stopped, autocast, cosine, fit, open_run, update
+from train import Job, Stopped, autocast, cosine, fill_in, fit, open_run, paint, update
 from unet import UNet
 from vae import VAE
 
-DEFAULTS = {"vae": dict(steps=6000, batch=16, lr=1e-3),
-            "base": dict(steps=8000, batch=32, lr=1e-3),
-            "judges": dict(steps=1500, batch=8, lr=2e-3)}
+DEFAULTS = {
+    "vae": {"steps": 6000, "batch": 16, "lr": 1e-3},
+    "base": {"steps": 8000, "batch": 32, "lr": 1e-3},
+    "judges": {"steps": 1500, "batch": 8, "lr": 2e-3},
+}
 
 
-def train_stage(args, modules, step_loss, columns):
-    """Train `modules` {name: module} by step_loss(step) -> loss, its parts {name: scalar}: AdamW,
-    cosine decay, clipped gradients, with train.py's loop and checkpoints."""
+def train_stage(args, modules, loss, columns):
+    """Train `modules` {name: module} by loss(step) -> loss, its parts {name: scalar}: AdamW, cosine
+    decay, clipped gradients, with train.py's loop and checkpoints."""
     parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(parameters, args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    run = SimpleNamespace(**{**vars(args), "out": Path(args.out) / args.stage})
+    run = copy.copy(args)
+    run.out = Path(args.out) / args.stage
     open_run(run)
-    fit(Job(state={**modules, "opt": opt}, meta={"stage": args.stage}, stream=itertools.count,
+    fit(Job(state={**modules, "opt": opt},
+            meta={"stage": args.stage},
+            stream=itertools.count,
             rates=[(opt, partial(learning_rate, args))],
-            step=partial(stage_step, args, opt, step_loss), columns=columns), run)
+            step=partial(stage_step, args, opt, loss),
+            columns=columns), run)
 
 
 def learning_rate(args, step):
     return min(1, (step + 1) / 100) * cosine(args.lr, 0, step / args.steps)
 
 
-def stage_step(args, opt, step_loss, _, step):
+def stage_step(args, opt, loss, _, step):
     with autocast(args):
-        loss, parts = step_loss(step)
-    loss.backward()
-    losses = {name: value.detach() for name, value in parts.items()}
+        value, parts = loss(step)
+    value.backward()
+    losses = {name: part.detach() for name, part in parts.items()}
     return {**losses, "dropped": update(opt, losses, clip=1.0)}
 
 
@@ -75,40 +80,48 @@ def write_parts(args, parts, token_ids=None):
     print(f"{path}: {', '.join(parts)} written, {path.stat().st_size / 1e6:.1f} MB")
 
 
+def draw_scenes(toy, n):
+    return torch.randint(0, len(toy), (n,)).numpy()
+
+
 def toy_pixels(toy, index, device):
     """-> image [B,3,64,64] in [-1,1]"""
     image = from_pixels(toy.images[index], device)
     return image.contiguous(memory_format=torch.channels_last)
 
 
+def draw_latents(mean, logvar):
+    return mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+
+
 # -- the autoencoder -------------------------------------------------------------------------------
 
 
 def make_vae(args):
-    """L1, weighted by local contrast since small objects live by their edges, and a small KL term.
-
-    At the end its latents are brought to zero mean and, as a whole, unit variance. As those of
-    Stable Diffusion they keep a spectrum: what is large outlives more noise than what is fine.
-    """
+    """At the end the latents are brought to zero mean and, as a whole, unit variance. As those of
+    Stable Diffusion they keep a spectrum: what is large outlives more noise than what is fine."""
     torch.manual_seed(args.seed)
     toy = Toy("train", DOMAINS, length=args.scenes)
     vae = VAE(PRESETS["toy"].vae)
     linear_start(vae, toy_pixels(toy, slice(0, 500), "cpu"))
     vae.to(args.device, memory_format=torch.channels_last)
-
-    def step_loss(step):
-        x = toy_pixels(toy, torch.randint(0, len(toy), (args.batch,)).numpy(), args.device)
-        mean, logvar = vae.moments(x)
-        error = vae.decode(mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)) - x
-        blurred = F.avg_pool2d(F.pad(x, (3, 3, 3, 3), mode="reflect"), 7, 1)
-        weight = 1 + 8 * (x - blurred).abs().mean(1, keepdim=True)
-        l1 = (weight / weight.mean() * error.abs()).mean()
-        kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
-        return l1 + 1e-5 * kl, {"l1": l1, "kl": kl, "mse": (error ** 2).mean()}
-
-    train_stage(args, {"vae": vae}, step_loss, ["l1", "kl", "mse"])
+    loss = partial(vae_loss, args, vae, toy)
+    train_stage(args, {"vae": vae}, loss, ["l1", "kl", "mse"])
     normalize_latents(vae, toy_pixels(toy, slice(0, 2000), args.device))
     write_parts(args, {"vae": vae})
+
+
+def vae_loss(args, vae, toy, step):
+    """L1, weighted by local contrast since small objects live by their edges; a small KL term."""
+    x = toy_pixels(toy, draw_scenes(toy, args.batch), args.device)
+    mean, logvar = vae.moments(x)
+    error = vae.decode(draw_latents(mean, logvar)) - x
+    blurred = F.avg_pool2d(F.pad(x, (3, 3, 3, 3), mode="reflect"), 7, 1)
+    contrast = (x - blurred).abs().mean(1, keepdim=True)
+    weight = 1 + 8 * contrast
+    l1 = (weight / weight.mean() * error.abs()).mean()
+    kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
+    return l1 + 1e-5 * kl, {"l1": l1, "kl": kl, "mse": (error ** 2).mean()}
 
 
 @torch.no_grad()
@@ -121,28 +134,27 @@ def linear_start(vae, image):
     images, and its gain undoes the norm's division.
     """
     z = vae.cfg.z_channels
-    patches = F.pixel_unshuffle(image, vae.cfg.patch)
-    x = patches.permute(0, 2, 3, 1).flatten(0, 2)  # (n, 3 patch^2)
-    m = x.mean(0)
-    eigenvectors = torch.linalg.eigh((x - m).double().T @ (x - m).double())[1]  # ascending
-    V = eigenvectors.flip(1)[:, :z].float()
-    s = ((x - m) @ V).std()
-    eye = torch.eye(z)
-    zeros = torch.zeros(z)
     for name, module in vae.named_modules():
-        if name.endswith(("conv2", "proj_out")):
+        if name.endswith(("conv2", "proj_out", "conv_out", "quant_conv")):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
+    patches = F.pixel_unshuffle(image, vae.cfg.patch)
+    x = patches.permute(0, 2, 3, 1).flatten(0, 2)  # (n, 3 patch^2)
+    m = x.mean(0)
+    covariance = (x - m).double().T @ (x - m).double()
+    _, eigenvectors = torch.linalg.eigh(covariance)  # ascending
+    V = eigenvectors.flip(1)[:, :z].float()
+    s = ((x - m) @ V).std()
     encoder, decoder = vae.encoder, vae.decoder
+    eye = torch.eye(z)
     set_pairs(encoder.conv_in, V.T / s, -m @ V / s)
-    from_pairs = torch.cat([eye, -eye], dim=1)
-    set_linear(encoder.conv_out, torch.cat([from_pairs, torch.zeros(z, 2 * z)]), torch.zeros(2 * z))
-    logvar = torch.full((z,), -6.0)
-    set_linear(vae.quant_conv, torch.eye(2 * z), torch.cat([zeros, logvar]))
-    set_linear(vae.post_quant_conv, eye, zeros)
-    set_pairs(decoder.conv_in, eye, zeros)
-    set_linear(decoder.conv_out, torch.cat([V * s, -V * s], dim=1), m)
+    set_linear(encoder.conv_out, torch.cat([eye, -eye], 1), 0)
+    set_linear(vae.quant_conv, torch.eye(2 * z), 0)
+    set_linear(vae.post_quant_conv, eye, 0)
+    set_pairs(decoder.conv_in, eye, torch.zeros(z))
+    set_linear(decoder.conv_out, torch.cat([V * s, -V * s], 1), m)
+    vae.quant_conv.bias[z:] = -6.0  # the log-variances
     set_gain(encoder, patches[:100])
     set_gain(decoder, vae.moments(image[:100])[0])
 
@@ -159,8 +171,9 @@ def set_linear(conv, weight, bias):
 def set_pairs(conv, weight, bias):
     """The same, and its negative, and a pair of large constants."""
     constants = torch.zeros(2, weight.shape[1])
-    set_linear(conv, torch.cat([weight, -weight, constants]),
-               torch.cat([bias, -bias, torch.tensor([6.0, -6.0])]))
+    weight = torch.cat([weight, -weight, constants])
+    bias = torch.cat([bias, -bias, torch.tensor([6.0, -6.0])])
+    set_linear(conv, weight, bias)
 
 
 def set_gain(net, x):
@@ -169,7 +182,8 @@ def set_gain(net, x):
     hook = net.norm_out.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     net(x)
     hook.remove()
-    net.norm_out.weight.fill_(seen[0].std((1, 2, 3)).mean())
+    deviation = seen[0].std((1, 2, 3))
+    net.norm_out.weight.fill_(deviation.mean())
 
 
 @torch.no_grad()
@@ -191,59 +205,75 @@ def normalize_latents(vae, image):
 
 
 def make_base(args):
-    """UNet and text tower, in all weathers, without layouts. One caption in ten is empty (for
-    guidance), one in seven names a class ("A photo of car"), so that class embeddings mean
-    something. The file gets the running average of the weights."""
-    device = torch.device(args.device)
+    """UNet and text tower, in all weathers, without layouts. The file gets the running average of
+    the weights."""
     path = Path(args.out) / "toy.safetensors"
     preset = PRESETS["toy"]
-    vae = VAE(preset.vae).to(device)
+    vae = VAE(preset.vae).to(args.device)
     load_into(vae, load_weights(path).get("vae", {}), f"{path}: vae")
     toy = Toy("train", DOMAINS, length=args.scenes)
     torch.manual_seed(args.seed)
-    text = TextEncoder(**preset.text).to(device)
-    unet = UNet(preset.unet).to(device, memory_format=torch.channels_last)
+    text = TextEncoder(**preset.text).to(args.device)
+    unet = UNet(preset.unet).to(args.device, memory_format=torch.channels_last)
     if args.start:
         start = load_weights(args.start)
         load_into(text, start["text"], args.start)
         load_into(unet, start["unet"], args.start)
+    trained = nn.ModuleList([text, unet])
+    averaged = copy.deepcopy(trained).requires_grad_(False)
+    moments = encode_scenes(vae, toy, args.device)
+    ids, present = tokenize_scenes(text, toy)
+    ids = ids.to(args.device)
+
+    loss = partial(base_loss, args, trained, averaged, moments, ids, present)
+    modules = {"text": text, "unet": unet, "averaged": averaged}
+    train_stage(args, modules, loss, ["noise"])
+    write_parts(args, {"text": averaged[0], "unet": averaged[1]}, ids.unique())
+
+
+@torch.no_grad()
+def encode_scenes(vae, toy, device):
+    """-> the latents' moments [scenes,2z,16,16], in half precision"""
+    moments = []
+    for i in tqdm(range(0, len(toy), 100), desc="latents"):
+        pixels = toy_pixels(toy, slice(i, i + 100), device)
+        moments.append(torch.cat(vae.moments(pixels), dim=1).half())
+    return torch.cat(moments)
+
+
+def tokenize_scenes(text, toy):
+    """-> ids [scenes + N + 1, 77] of the scenes' captions, of "A photo of {class}" for each of the
+    N classes, and of the empty caption; present [scenes,N], whether a class is in a scene"""
     names = class_table("toy").names
     captions = [toy.captions[name] for name in toy.names]
     photos = [f"A photo of {name}" for name in names]
-    ids = text.tokenize([*captions, *photos, ""]).to(device)
-    present = [torch.from_numpy((toy.labels == c).any((1, 2))) for c in range(len(names))]
-    present = torch.stack(present, dim=1).float()  # (scenes, N)
-    moments = []
+    ids = text.tokenize([*captions, *photos, ""])
+    present = np.stack([(toy.labels == c).any((1, 2)) for c in range(len(names))], axis=1)
+    return ids, torch.from_numpy(present).float()
+
+
+def base_loss(args, trained, averaged, moments, ids, present, step):
+    """The noise loss. One caption in ten is empty (for guidance), one in seven names a class of the
+    scene ("A photo of car"), so that class embeddings mean something."""
+    text, unet = trained
+    scenes, B = len(present), args.batch
+    index = torch.randint(0, scenes, (B,))
+    mean, logvar = moments[index.to(args.device)].float().chunk(2, dim=1)
+    x0 = draw_latents(mean, logvar)
+    choice = torch.rand(B)
+    photo = scenes + present[index].multinomial(1)[:, 0]
+    words = index.where(choice > 0.25, photo).where(choice > 0.1, len(ids) - 1)
+    # Spread evenly over all t, which makes the gradient less noisy than independent draws.
+    t = ((torch.arange(B) + torch.rand(1)) * 1000 / B).long().to(args.device)
+    noise = torch.randn_like(x0)
+    x_t = Schedule().to(args.device).add_noise(x0, t, noise)
+    context = text(ids[words.to(args.device)])
+    loss = F.mse_loss(unet(x_t, t, context), noise)
+
+    rate = min(0.9997, (step + 1) / (step + 10))
     with torch.no_grad():
-        for i in tqdm(range(0, len(toy), 100), desc="latents"):
-            pixels = toy_pixels(toy, slice(i, i + 100), device)
-            moments.append(torch.cat(vae.moments(pixels), 1).half())
-    moments = torch.cat(moments)  # (scenes, 2z, 16, 16)
-    trained = nn.ModuleList([text, unet])
-    averaged = copy.deepcopy(trained).requires_grad_(False)
-    schedule = Schedule().to(device)
-
-    def step_loss(step):
-        B = args.batch
-        index = torch.randint(0, len(toy), (B,))
-        mean, logvar = moments[index.to(device)].float().chunk(2, dim=1)
-        x0 = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
-        choice = torch.rand(B)
-        photo = len(toy) + present[index].multinomial(1)[:, 0]  # of a class that is there
-        words = index.where(choice > 0.25, photo).where(choice > 0.1, len(ids) - 1)
-        # Spread evenly over all t, which makes the gradient less noisy than independent draws.
-        t = ((torch.arange(B) + torch.rand(1)) * 1000 / B).long().to(device)
-        noise = torch.randn_like(x0)
-        context = text(ids[words.to(device)])
-        loss = F.mse_loss(unet(schedule.add_noise(x0, t, noise), t, context), noise)
-        rate = min(0.9997, (step + 1) / (step + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_([*averaged.parameters()], [*trained.parameters()], 1 - rate)
-        return loss, {"noise": loss}
-
-    modules = {"text": text, "unet": unet, "averaged": averaged}
-    train_stage(args, modules, step_loss, ["noise"])
-    write_parts(args, {"text": averaged[0], "unet": averaged[1]}, ids.unique())
+        torch._foreach_lerp_([*averaged.parameters()], [*trained.parameters()], 1 - rate)
+    return loss, {"noise": loss}
 
 
 # -- the judges ------------------------------------------------------------------------------------
@@ -252,33 +282,39 @@ def make_base(args):
 def make_judges(args):
     """The segmenter that the discriminator starts from, on clear days only; and the judges, which
     no training sees, in all weathers: a segmenter at full resolution, and a classifier of them."""
-    device = torch.device(args.device)
-    num_classes = len(class_table("toy").names)
+    N = len(class_table("toy").names)
     torch.manual_seed(args.seed)
-    nets = {"segmenter": UperNet(num_classes, **PRESETS["toy"].segmenter),
-            "judge": UperNet(num_classes, **JUDGE), "domain": Classifier(len(DOMAINS))}
+    nets = {
+        "segmenter": UperNet(N, **PRESETS["toy"].segmenter),
+        "judge": UperNet(N, **JUDGE),
+        "domain": Classifier(len(DOMAINS)),
+    }
     for net in nets.values():
-        net.to(device, memory_format=torch.channels_last).train()
+        net.to(args.device, memory_format=torch.channels_last).train()
     days = Toy("train", ("day",), length=args.scenes // 5)
     everything = Toy("train", DOMAINS, length=args.scenes)
-
-    def segmentation_loss(name, toy, index):
-        label = torch.from_numpy(toy.labels[index]).long().to(device)
-        logits = nets[name](toy_pixels(toy, index, device)).float()
-        return F.cross_entropy(logits, label, ignore_index=IGNORE)
-
-    def step_loss(step):
-        day = torch.randint(0, len(days), (args.batch,)).numpy()
-        index = torch.randint(0, len(everything), (args.batch,)).numpy()
-        domain = torch.from_numpy(index % len(DOMAINS)).to(device)
-        weather = nets["domain"](toy_pixels(everything, index, device)).float()
-        losses = {"segmenter": segmentation_loss("segmenter", days, day),
-                  "judge": segmentation_loss("judge", everything, index),
-                  "domain": F.cross_entropy(weather, domain)}
-        return sum(losses.values()), losses
-
-    train_stage(args, nets, step_loss, list(nets))
+    loss = partial(judges_loss, args, nets, days, everything)
+    train_stage(args, nets, loss, list(nets))
     write_parts(args, nets)
+
+
+def judges_loss(args, nets, days, everything, step):
+    day = draw_scenes(days, args.batch)
+    index = draw_scenes(everything, args.batch)
+    domain = torch.from_numpy(index % len(DOMAINS)).to(args.device)
+    weather = nets["domain"](toy_pixels(everything, index, args.device)).float()
+    losses = {
+        "segmenter": segmentation_loss(nets["segmenter"], days, day, args.device),
+        "judge": segmentation_loss(nets["judge"], everything, index, args.device),
+        "domain": F.cross_entropy(weather, domain),
+    }
+    return sum(losses.values()), losses
+
+
+def segmentation_loss(net, toy, index, device):
+    label = torch.from_numpy(toy.labels[index]).long().to(device)
+    logits = net(toy_pixels(toy, index, device)).float()
+    return F.cross_entropy(logits, label, ignore_index=IGNORE)
 
 
 # -- adapters and pictures -------------------------------------------------------------------------
@@ -286,16 +322,19 @@ def make_judges(args):
 
 def make_adapters(args):
     """toy_controlnet.safetensors by the noise loss; from it toy_aldm.safetensors."""
+    run_train(args, "toy_controlnet", "--init none --discriminator none --lr 1e-3 --steps 1500")
+    start = Path(args.out) / "toy_controlnet.safetensors"
+    run_train(args, "toy_aldm", f"--init {start} --steps 1000 --lr-d 5e-5")
+
+
+def run_train(args, name, flags):
     out = Path(args.out)
-    common = ["--sd", str(out / "toy.safetensors"), "--device", args.device, "--resume"]
-    common += ["--bf16"] if args.bf16 else []
-    for name, flags in (
-            ("toy_controlnet", "--init none --discriminator none --lr 1e-3 --steps 1500"),
-            ("toy_aldm", f"--init {out / 'toy_controlnet.safetensors'} --steps 1000 --lr-d 5e-5")):
-        run = out / name
-        train = [sys.executable, str(ROOT / "train.py")]
-        subprocess.run([*train, *flags.split(), *common, "--out", str(run)], check=True)
-        shutil.copy(run / "adapter.safetensors", out / f"{name}.safetensors")
+    command = [sys.executable, str(ROOT / "train.py"), "--resume", "--device", args.device]
+    command += ["--sd", str(out / "toy.safetensors"), "--out", str(out / name), *flags.split()]
+    if args.bf16:
+        command.append("--bf16")
+    subprocess.run(command, check=True)
+    shutil.copy(out / name / "adapter.safetensors", out / f"{name}.safetensors")
 
 
 def make_pictures(args):
@@ -303,20 +342,21 @@ def make_pictures(args):
     out = Path(args.out)
     for i in range(3):
         write_png(out / f"layout_{i + 1}.png", colorize(toy_scene(10_000_001 + i)[1], "toy"))
-    seeds = [10_000_000 + i for i in (1, 3, 4, 6, 8)]
-    scenes = [toy_scene(seed) for seed in seeds]
-    labels = torch.from_numpy(np.stack([label for _, label, _ in scenes])).long()
-    columns = {"layout": [np.asarray(colorize(label, "toy")) for _, label, _ in scenes],
-               "real": [image for image, _, _ in scenes]}
-    noise, aldm = out / "toy_controlnet.safetensors", out / "toy_aldm.safetensors"
+    scenes = [toy_scene(10_000_000 + i) for i in (1, 3, 4, 6, 8)]
+    images, labels, _ = zip(*scenes)
+    labels = torch.from_numpy(np.stack(labels)).long()
+    columns = {"layout": paint(labels, "toy"), "real": images}
     for title, adapter, weather in (
-            ("noise loss", noise, "on a clear day"), ("ALDM", aldm, "on a clear day"),
-            ("ALDM, night", aldm, "at night"), ("ALDM, snow", aldm, "in snow"),
-            ("ALDM, fog", aldm, "in fog")):
-        model = load_model(adapter, out / "toy.safetensors", args.device)
+            ("noise loss", "toy_controlnet", "on a clear day"),
+            ("ALDM", "toy_aldm", "on a clear day"),
+            ("ALDM, night", "toy_aldm", "at night"),
+            ("ALDM, snow", "toy_aldm", "in snow"),
+            ("ALDM, fog", "toy_aldm", "in fog")):
+        model = load_model(out / f"{adapter}.safetensors", out / "toy.safetensors", args.device)
         prompts = [f"a street {weather}"] * len(scenes)
         columns[title] = generate(model, labels, prompts, range(len(scenes)))
-    write_png(out / "toy.png", grid(list(zip(*columns.values())), titles=list(columns)))
+    rows = list(zip(*columns.values()))
+    write_png(out / "toy.png", grid(rows, titles=list(columns)))
 
 
 STAGES = {"vae": make_vae, "base": make_base, "judges": make_judges, "adapters": make_adapters,
@@ -337,10 +377,9 @@ def main():
     p.add_argument("--bf16", action="store_true")
     p.add_argument("--resume", action="store_true")
     args = p.parse_args()
-    for name, value in DEFAULTS.get(args.stage, {}).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.save_every, args.sample_every, args.keep = 500, 500, 1
+    fill_in(args, DEFAULTS.get(args.stage, {}))
+    args.save_every = args.sample_every = 500
+    args.keep = 1
     try:
         args.device = pick_device(args.device)
         args.bf16 = args.bf16 or args.device != "cpu"

@@ -2536,35 +2536,21 @@ def test_what_is_shipped_works():
 
 
 def test_tables(tmp_path, monkeypatch):
-    """A table's rows are runs of train.py (flags that it has); what is finished is not run again."""
+    """A table's rows are runs of train.py; what is finished is not run again."""
     import make_results
     for _, rows in make_results.TABLES.values():
         for flags in rows.values():
-            command, _ = make_results.row_command(flags, 0, SimpleNamespace(runs=tmp_path, train_flags=""))
-            train.parse_args(command[2:])
-    monkeypatch.setitem(make_results.TABLES, "k", ("Title", {"one": "", "two": "--discriminator none"}))
-    monkeypatch.setattr(make_results, "ROOT", tmp_path)
-    figures = dict.fromkeys(train.FIGURES.values(), 0.5)
-    (tmp_path / "train.py").write_text(
-        f"import json, sys\nwith open(sys.argv[-1] + '/judged.json', 'w') as file:\n    json.dump({figures}, file)\n")
-    command = ("k", "--seeds", 1, "--runs", tmp_path, "--out", tmp_path / "results.md")
-    rows = [line.split(" | ") for line in launch(make_results, *command).splitlines() if line.startswith("| ")][1:]
-    assert [row[:3] for row in rows] == [["| one", "`(defaults)`", "0.500 ± 0.000"],
-                                         ["| two", "`--discriminator none`", "0.500 ± 0.000"]]
-    next(tmp_path.glob("*/judged.json")).write_text(json.dumps({**figures, "mIoU_generated": 0.75}))
-    assert "| 0.750 ± 0.000 |" in launch(make_results, *command) and "0.750" in (tmp_path / "results.md").read_text()
-
-
-def test_sigterm_ends_the_runs_as_well(tmp_path):
-    script = (f"import sys; sys.path[:0] = [{str(HERE / 'assets')!r}]\nimport make_results, pathlib\n"
-              f"done = [pathlib.Path({str(tmp_path)!r}, str(i), 'done') for i in range(3)]\n"
-              "make_results.run_all([(['sleep', '600'], path) for path in done], 2)")
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    until(process, lambda: len(children.read_text().split()) == 2)
-    pids = children.read_text().split()
-    process.terminate()
-    assert process.wait(20) == 128 + signal.SIGTERM and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+            train.parse_args(flags.split())
+    monkeypatch.setitem(make_results.TABLES, "k", ("Title", {"one": "--unroll 0"}))
+    flags = "--steps 1 --batch 2 --eval 4 --ddim-steps 4 --device cpu"
+    command = ("k", "--seeds", 1, "--runs", tmp_path, "--out", tmp_path / "results.md", "--train-flags", flags)
+    text = launch(make_results, *command)
+    file = tmp_path / "unroll-0-seed-0" / "judged.json"
+    figures = json.loads(file.read_text())
+    assert f"| one | `--unroll 0` | {figures['mIoU_generated']:.3f} | {figures['mIoU_edited']:.3f} | " in text
+    file.write_text(json.dumps({**figures, "mIoU_generated": 0.75}))
+    assert "| 0.750 | " in launch(make_results, *command) and "0.750" in (tmp_path / "results.md").read_text()
+    assert make_results.spread([0.5, 0.7]) == "0.600 ± 0.141"
 
 
 def test_compiled_blocks_compute_the_same():

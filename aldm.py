@@ -288,11 +288,16 @@ class ALDM(nn.Module):
             self.adapter.attach(unet)
         else:
             self.adapter = unet.requires_grad_(True)
-        # FreestyleNet's text is made of these: the tokens of all classes, in one row.
-        words = [byte_pairs().encode(name + ",") for name in classes.names]
-        owner = [c for c, word in enumerate(words) for _ in word]
-        self.register_buffer("class_tokens", torch.tensor(sum(words, [])), persistent=False)  # (T,)
-        self.register_buffer("token_owner", torch.tensor(owner), persistent=False)
+            self.register_buffer("class_tokens", self.list_class_tokens(), persistent=False)
+
+    def list_class_tokens(self):
+        """-> [T,2] int64: the tokens of all class names in one row, of which FreestyleNet's text is
+        made, each with its class; and 75 END tokens of no class, -1."""
+        rows = []
+        for c, name in enumerate(self.classes.names):
+            for token in byte_pairs().encode(name + ","):
+                rows.append([token, c])
+        return torch.tensor(rows + [[TextEncoder.END, -1]] * 75)
 
     @property
     def device(self):
@@ -316,24 +321,21 @@ class ALDM(nn.Module):
         """FreestyleNet's conditions: the text is the list of the layout's classes, and each pixel
         attends to the words of its own class. -> context [B,77,C], mask [B,77,h,w] bool
 
-        Nothing here waits for the GPU: of the tokens of all classes, in one row, those whose class
-        is present move up to the positions 1 to 75.
+        Nothing here waits for the GPU: of all class tokens those of the layout's classes are sorted
+        to the front, END behind them, and the first 75 are taken.
         """
-        B = len(label)
-        present = torch.zeros(B, 256, dtype=torch.bool, device=label.device)
+        present = torch.zeros(len(label), 256, dtype=torch.bool, device=label.device)
         present.scatter_(1, label.flatten(1), True)
-        used = present[:, self.token_owner]  # (B, T)
-        place = used.cumsum(1)
-        place = place.where(used & (place <= 75), 77)  # 77: left out
-        ids = label.new_full((B, 78), self.text.END)
-        ids.scatter_(1, place, self.class_tokens.expand(B, -1))
-        ids[:, 0] = self.text.START
-        token_class = label.new_full((B, 78), -1)
-        token_class.scatter_(1, place, self.token_owner.expand(B, -1))
+        tokens, owner = self.class_tokens.unbind(1)  # (T,) each
+        used = present[:, owner] | (owner < 0)  # (B, T)
+        order = used.int().argsort(dim=1, descending=True, stable=True)[:, :75]
+        ids = F.pad(tokens[order], (1, 1), value=TextEncoder.END)  # (B, 77)
+        ids[:, 0] = TextEncoder.START
+        token_class = F.pad(owner[order], (1, 1), value=-1)
         with torch.no_grad():
-            context = self.text(ids[:, :77])
+            context = self.text(ids)
         f = self.vae.cfg.factor
-        return {"context": context, "mask": rectify(label[:, ::f, ::f], token_class[:, :77])}
+        return {"context": context, "mask": rectify(label[:, ::f, ::f], token_class)}
 
     def eps(self, x_t, t, text, layout):
         """eps_theta(x_t, y, t), the noise in x_t: x_t [B,4,h,w], t [B] int64 -> [B,4,h,w] fp32.
@@ -453,6 +455,7 @@ PREFIXES = {
     "judge.": "judge",
     "domain.": "domain",
 }
+KNOWN = re.compile(f"(?P<prefix>{'|'.join(map(re.escape, PREFIXES))})(?P<name>.*)")
 PREFIX = {part: prefix for prefix, part in PREFIXES.items()}
 ADAPTER_PART = {"controlnet": "control", "t2i": "adapter", "oft": "adapter", "freestyle": "unet"}
 
@@ -667,11 +670,10 @@ def split_parts(path, tensors):
             lacks = prefix
     parts = {}
     for name, t in tensors.items():
-        if not name.startswith(tuple(PREFIXES)):
-            name = lacks + name
-        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
-        if prefix and not PASSED_OVER.search(name):
-            parts.setdefault(PREFIXES[prefix], {})[name.removeprefix(prefix)] = t
+        found = KNOWN.match(name) or KNOWN.match(lacks + name)
+        if found and not PASSED_OVER.search(name):
+            part = PREFIXES[found["prefix"]]
+            parts.setdefault(part, {})[found["name"]] = t
     if not parts:
         names = ", ".join(list(tensors)[:3])
         raise InputError(f"{path}: no tensor is known here ({names}); {WANTED}")
@@ -817,7 +819,7 @@ def load_class_embeddings(path, classes, text=None):
     table = read_file(path)[0]
     beside = Path(path).with_name("null_embedding.pth")
     null = read_file(beside)[0] if beside.exists() else text.class_table([])
-    found = list(getattr(table, "shape", ()))
+    found = list(table.shape) if torch.is_tensor(table) else []
     wanted = [len(classes.names), null.shape[1]]
     if found != wanted:
         raise InputError(f"{path}: holds {found}, but {classes.key} wants {wanted}; give the file "
@@ -828,39 +830,47 @@ def load_class_embeddings(path, classes, text=None):
 
 
 def load_segmenter(files, segmenter, classes, meta=None):
-    """Start a discriminator (or judge) of `classes`, in place, and set whether it `normalize`s its
-    input -> how many of its N+1 (or N) outputs start from the file's; the others stay at random.
+    """Start a discriminator (or judge) of `classes` with a file's weights, in place, and set whether
+    it `normalize`s its input. Outputs for classes that the file has not stay at random.
 
     files    a list of paths: one of ours or official ALDM's, or mit-semseg's encoder and decoder;
              or a state dict, with the `meta` of its file
     meta     its "names" are the file's classes; without, 150 or 151 outputs are ADE20K's, and N or
              N+1 the same `classes`
     InputError if the file does not fit."""
-    state, what = files, "segmenter"
-    if not isinstance(files, dict):
-        state, what = {}, " + ".join(map(str, files))
+    if isinstance(files, dict):
+        what = "segmenter"
+        state = files
+    else:
+        what = " + ".join(map(str, files))
+        state = {}
         for path in files:
             parts, meta = read_parts(path)
             state |= parts.get("segmenter", {})
     meta = meta or {}
-    outputs = len(state.get(LAST[1], ()))
+
+    bias = LAST[1]
+    outputs = len(state.get(bias, ()))
     ade = class_table("ade20k").names
     names = tuple(meta.get("names") or (ade if outputs in (150, 151) else classes.names))
     if outputs not in (len(names), len(names) + 1):
         raise InputError(f"{what}: the last layer knows {outputs} classes, not {len(names)}; give "
                          "mit-semseg's encoder and decoder, or a segmenter of these classes")
-    last = {name: t for name, t in segmenter.state_dict().items() if name in LAST}
-    found = [*names, "fake"][:outputs]
-    wanted = [*(classes.ade if names == ade else classes.names), "fake"][:len(last[LAST[1]])]
-    rows = {i: found.index(name) for i, name in enumerate(wanted) if name in found}
-    if names == classes.names:
-        rows = {i: i for i in rows}  # ADE20K has two classes named screen
+
+    ours = segmenter.state_dict()
+    if names == classes.names:  # (by number: ADE20K has two classes named screen)
+        rows = {i: i for i in range(min(outputs, len(ours[bias])))}
+    else:
+        found = [*names, "fake"][:outputs]
+        wanted = classes.ade if names == ade else classes.names
+        wanted = [*wanted, "fake"][:len(ours[bias])]
+        rows = {i: found.index(name) for i, name in enumerate(wanted) if name in found}
+    last = {name: ours[name] for name in LAST}
     check_finite(state, what)
     load_into(segmenter, state | last, what)
     for name, t in last.items():
         t[list(rows)] = state[name][list(rows.values())].to(t)
     segmenter.normalize = bool(meta.get("normalize", outputs in IMAGENET_OUTPUTS))
-    return len(rows)
 
 
 # networks -> files
@@ -881,12 +891,10 @@ def remove_leftovers(folder):
         process = path.name.split(".")[1]
         try:
             os.kill(int(process), 0)  # only asks whether the process lives
-        except ValueError:
-            continue  # not ours
         except ProcessLookupError:
             path.unlink(missing_ok=True)
-        except PermissionError:
-            pass  # it lives, and is somebody else's
+        except (ValueError, PermissionError):
+            pass  # not one of these; somebody else's, who is still writing
 
 
 def save_tensors(path, tensors, metadata):

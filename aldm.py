@@ -120,16 +120,18 @@ class TextEncoder(TextTransformer):
                          pool_type="none", act_layer=QuickGELU)
 
     def tokenize(self, texts):
-        """list of B strings -> ids [B,77] int64: START, at most 75 tokens, then END to the end."""
+        """list of B strings -> ids [B,77] int64, on this encoder's device: START, at most 75
+        tokens, then END to the end."""
         ids = torch.full((len(texts), 77), self.END)
         for row, text in zip(ids, texts):
             tokens = [self.START, *byte_pairs().encode(text)[:75]]
             row[:len(tokens)] = torch.tensor(tokens)
-        return ids
+        return ids.to(self.positional_embedding.device)
 
     def cut(self, text):
         """The words of `text` beyond the 75 tokens that the model sees, or an empty string."""
-        return byte_pairs().decode(byte_pairs().encode(text)[75:]).strip()
+        unseen = byte_pairs().encode(text)[75:]
+        return byte_pairs().decode(unseen).strip()
 
     def forward(self, ids):
         """ids [B,77] int64 -> hidden states [B,77,width]."""
@@ -143,14 +145,14 @@ class TextEncoder(TextTransformer):
 
     @torch.no_grad()
     def encode(self, texts):
-        """list of B strings -> context [B,77,width], on this encoder's device."""
-        return self(self.tokenize(texts).to(self.positional_embedding.device))
+        """list of B strings -> context [B,77,width]."""
+        return self(self.tokenize(texts))
 
     @torch.no_grad()
     def class_table(self, names):
         """N names -> [N+1,width]: embeddings of "A photo of {name}", and of "" for void pixels."""
-        ids = self.tokenize([f"A photo of {name}" for name in names] + [""])
-        return self.pooled(ids.to(self.positional_embedding.device))
+        texts = [f"A photo of {name}" for name in names]
+        return self.pooled(self.tokenize([*texts, ""]))
 
 
 def whiten(table):
@@ -163,12 +165,13 @@ def whiten(table):
 def hint_palette(classes, colors):
     """Colours [N+1,3] in [0,1] of a colour hint, void black: the data set's own, or (colors
     "ade20k", for a ControlNet that has learned these) those of each class's nearest in ADE20K."""
+    black = [0, 0, 0]
     palette = classes.palette.tolist()
-    if colors == "ade20k":
+    if colors == "ade20k" and classes.key != "ade20k":
         ade = class_table("ade20k")
-        palette = [ade.palette[ade.names.index(name)].tolist() if name else [0, 0, 0]
-                   for name in classes.ade]
-    return torch.tensor([*palette, [0, 0, 0]]) / 255
+        colour = dict(zip(ade.names, ade.palette.tolist()))
+        palette = [colour.get(name, black) for name in classes.ade]
+    return torch.tensor([*palette, black]) / 255
 
 
 class LayoutEncoder(nn.Module):
@@ -216,7 +219,8 @@ class Schedule(nn.Module):
     def ddim_timesteps(self, S):
         """S ascending timesteps [S] int64, evenly spaced from 1: 1, 41, ..., 961 for S = 25."""
         T = len(self.alphas_cumprod)
-        return (torch.arange(S, device=self.alphas_cumprod.device) * T // S + 1).clamp(max=T - 1)
+        steps = torch.arange(S, device=self.alphas_cumprod.device)
+        return (steps * T // S + 1).clamp(max=T - 1)
 
     def a(self, t):
         """a_t [B,1,1,1] for t [B] or a number; past the chain's end (t < 0) it is a_0, not 1."""
@@ -345,20 +349,23 @@ class ALDM(nn.Module):
         """
         context = text if torch.is_tensor(text) else self.text.encode(text)
         layout = self.encode_layout(layout) if torch.is_tensor(layout) else layout
-        control = None
-        if "hint" in layout:
+        if "context" in layout:  # FreestyleNet's takes the place of the prompts
+            eps = self.unet(x_t, t, layout["context"], mask=layout["mask"])
+        elif "hint" in layout:
             control = self.adapter.residuals(x_t, t, context, layout["hint"])
-        return self.unet(x_t, t, layout.get("context", context), control,
-                         layout.get("features"), layout.get("mask")).float()
+            eps = self.unet(x_t, t, context, control)
+        else:
+            eps = self.unet(x_t, t, context, features=layout["features"])
+        return eps.float()
 
     @torch.no_grad()
-    def sample(self, label, context, uncond=None, steps=25, cfg=1.0, noise=None, eta=0.0,
-               on_step=None):
+    def sample(self, label, context, uncond, steps, cfg, noise, eta=0.0, on_step=None):
         """DDIM from noise [B,4,h,w] to a latent x_0, with guidance eps_u + cfg (eps_c - eps_u); the
         layout is in both halves, which run as one batch. (FreestyleNet has no guidance here, as its
         text is the layout's.)
 
-        label [B,H,W], context and uncond [B,77,C]; on_step(i, x0_hat) is called after each step.
+        label [B,H,W], context and uncond [B,77,C] (None: no guidance); on_step(i, x0_hat) is called
+        after each step.
         """
         guided = cfg != 1.0 and uncond is not None and self.kind != "freestyle"
         if guided:
@@ -369,8 +376,8 @@ class ALDM(nn.Module):
         timesteps = self.schedule.ddim_timesteps(steps).flip(0).tolist()
         for i, t in enumerate(timesteps):
             t_prev = timesteps[i + 1] if i + 1 < steps else -1
-            batch = torch.cat([x, x]) if guided else x
-            eps = self.eps(batch, torch.full((len(batch),), t, device=self.device), context, layout)
+            x_t = torch.cat([x, x]) if guided else x
+            eps = self.eps(x_t, torch.full((len(x_t),), t, device=x.device), context, layout)
             if guided:
                 eps_u, eps_c = eps.chunk(2)
                 eps = eps_u + cfg * (eps_c - eps_u)
@@ -762,11 +769,13 @@ def load_frozen(preset_name, sd=None, device="cpu", dtype=torch.float32):
     preset = PRESETS[preset_name]
     path = sd or base_file(preset_name)
     parts = load_weights(path)
-    lacks = [part for part in ("unet", "vae", "text") if part not in parts]
-    if lacks:
-        raise InputError(f"{path}: holds no {' and no '.join(lacks)}; {WANTED}")
+    for part in ("unet", "vae", "text"):
+        if part not in parts:
+            raise InputError(f"{path}: holds no {part}; {WANTED}")
     with torch.device("meta"):
-        unet, vae, text = UNet(preset.unet), VAE(preset.vae), TextEncoder(**preset.text)
+        unet = UNet(preset.unet)
+        vae = VAE(preset.vae)
+        text = TextEncoder(**preset.text)
     for part, network in ("unet", unet), ("vae", vae), ("text", text):
         load_into(network, parts.pop(part), f"{path}: {part}")
     text.attn_mask = text.build_causal_mask()  # a buffer that no file has
@@ -830,8 +839,8 @@ def load_class_embeddings(path, classes, text=None):
 
 
 def load_segmenter(files, segmenter, classes, meta=None):
-    """Start a discriminator (or judge) of `classes` with a file's weights, in place, and set whether
-    it `normalize`s its input. Outputs for classes that the file has not stay at random.
+    """Start a discriminator (or judge) of `classes` with a file's weights, in place, and set
+    whether it `normalize`s its input. Outputs for classes that the file lacks stay at random.
 
     files    a list of paths: one of ours or official ALDM's, or mit-semseg's encoder and decoder;
              or a state dict, with the `meta` of its file

@@ -756,7 +756,7 @@ def test_file_of_class_embeddings(tmp_path):
 
 @pytest.mark.parametrize("rest, changes, words", [          # with or without the rest of a Stable Diffusion file
     (False, {"unet.lora_A.weight": T}, ["known here (unet.lora_A", "wanted is Stable Diffusion 1.x"]),
-    (False, {"quant_conv.bias": T}, ["holds no unet and no text", "wanted"]),
+    (False, {"quant_conv.bias": T}, ["holds no unet", "wanted"]),
     (False, {SD_PREFIX["unet"] + "out.2.bias": T, SD_PREFIX["vae"] + "decoder.conv_out.bias": T,
              "conditioner.embedders.0.x": T}, ["holds no text", "wanted"]),     # Stable Diffusion XL
     (True, {SD_PREFIX["unet"] + "input_blocks.0.0.weight": torch.zeros(16, 9, 3, 3)},

@@ -838,6 +838,19 @@ def load_class_embeddings(path, classes, text=None):
     return table
 
 
+def match_outputs(classes, ours, names, theirs):
+    """Which output of a segmenter of the classes `names`, with `theirs` outputs, each of `ours` for
+    `classes` starts from -> {our output: its}. The one behind the classes is "fake"."""
+    if names == classes.names:  # by number: ADE20K has two classes named screen
+        return {i: i for i in range(min(ours, theirs))}
+    wanted = classes.names
+    if names == class_table("ade20k").names:
+        wanted = classes.ade
+    wanted = [*wanted, "fake"][:ours]
+    found = [*names, "fake"][:theirs]
+    return {i: found.index(name) for i, name in enumerate(wanted) if name in found}
+
+
 def load_segmenter(files, segmenter, classes, meta=None):
     """Start a discriminator (or judge) of `classes` with a file's weights, in place, and set
     whether it `normalize`s its input. Outputs for classes that the file lacks stay at random.
@@ -857,24 +870,18 @@ def load_segmenter(files, segmenter, classes, meta=None):
             parts, meta = read_parts(path)
             state |= parts.get("segmenter", {})
     meta = meta or {}
-
-    bias = LAST[1]
+    weight, bias = LAST
     outputs = len(state.get(bias, ()))
-    ade = class_table("ade20k").names
-    names = tuple(meta.get("names") or (ade if outputs in (150, 151) else classes.names))
+    names = meta.get("names")
+    if not names:
+        names = class_table("ade20k").names if outputs in (150, 151) else classes.names
     if outputs not in (len(names), len(names) + 1):
         raise InputError(f"{what}: the last layer knows {outputs} classes, not {len(names)}; give "
                          "mit-semseg's encoder and decoder, or a segmenter of these classes")
 
     ours = segmenter.state_dict()
-    if names == classes.names:  # (by number: ADE20K has two classes named screen)
-        rows = {i: i for i in range(min(outputs, len(ours[bias])))}
-    else:
-        found = [*names, "fake"][:outputs]
-        wanted = classes.ade if names == ade else classes.names
-        wanted = [*wanted, "fake"][:len(ours[bias])]
-        rows = {i: found.index(name) for i, name in enumerate(wanted) if name in found}
-    last = {name: ours[name] for name in LAST}
+    last = {weight: ours[weight], bias: ours[bias]}
+    rows = match_outputs(classes, len(ours[bias]), tuple(names), outputs)
     check_finite(state, what)
     load_into(segmenter, state | last, what)
     for name, t in last.items():

@@ -895,10 +895,8 @@ def load_segmenter(files, segmenter, classes, meta=None):
 def check_target(path):
     """InputError if no file can be written at `path`: for command lines, before the work."""
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; name a file")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: the folder {path.parent} is not there or may not be written to")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: must be a file in a folder that is there and may be written to")
 
 
 def remove_leftovers(folder):

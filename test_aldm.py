@@ -217,7 +217,7 @@ def test_losses_by_hand():
         want[here] = -log_p[:, c][here] * n_valid / (here.sum() * 3 * 5)
         per_class.append(-log_p[:, c][here].mean().item())
     loss_map = disc.layout_loss_map(real, y)
-    assert np.allclose(loss_map, want, rtol=1e-5)
+    assert np.allclose(loss_map, want, rtol=1e-5) and (disc.class_balance(y, 5)[y == 255] == 0).all()
     assert np.isclose(disc.per_valid_pixel(loss_map, y), np.mean(per_class) / 5, rtol=1e-5)
     loss, parts = discriminator_loss(real, fake, y, 0.25)
     want_fake = -log_p_fake[:, 4].mean()                            # every pixel, void or not, should be class N

@@ -120,16 +120,18 @@ class TextEncoder(TextTransformer):
                          pool_type="none", act_layer=QuickGELU)
 
     def tokenize(self, texts):
-        """list of B strings -> ids [B,77] int64: START, at most 75 tokens, then END to the end."""
+        """list of B strings -> ids [B,77] int64, on this encoder's device: START, at most 75
+        tokens, then END to the end."""
         ids = torch.full((len(texts), 77), self.END)
         for row, text in zip(ids, texts):
             tokens = [self.START, *byte_pairs().encode(text)[:75]]
             row[:len(tokens)] = torch.tensor(tokens)
-        return ids
+        return ids.to(self.positional_embedding.device)
 
     def cut(self, text):
         """The words of `text` beyond the 75 tokens that the model sees, or an empty string."""
-        return byte_pairs().decode(byte_pairs().encode(text)[75:]).strip()
+        unseen = byte_pairs().encode(text)[75:]
+        return byte_pairs().decode(unseen).strip()
 
     def forward(self, ids):
         """ids [B,77] int64 -> hidden states [B,77,width]."""
@@ -143,14 +145,14 @@ class TextEncoder(TextTransformer):
 
     @torch.no_grad()
     def encode(self, texts):
-        """list of B strings -> context [B,77,width], on this encoder's device."""
-        return self(self.tokenize(texts).to(self.positional_embedding.device))
+        """list of B strings -> context [B,77,width]."""
+        return self(self.tokenize(texts))
 
     @torch.no_grad()
     def class_table(self, names):
         """N names -> [N+1,width]: embeddings of "A photo of {name}", and of "" for void pixels."""
-        ids = self.tokenize([f"A photo of {name}" for name in names] + [""])
-        return self.pooled(ids.to(self.positional_embedding.device))
+        texts = [f"A photo of {name}" for name in names]
+        return self.pooled(self.tokenize([*texts, ""]))
 
 
 def whiten(table):
@@ -163,12 +165,13 @@ def whiten(table):
 def hint_palette(classes, colors):
     """Colours [N+1,3] in [0,1] of a colour hint, void black: the data set's own, or (colors
     "ade20k", for a ControlNet that has learned these) those of each class's nearest in ADE20K."""
+    black = [0, 0, 0]
     palette = classes.palette.tolist()
-    if colors == "ade20k":
+    if colors == "ade20k" and classes.key != "ade20k":
         ade = class_table("ade20k")
-        palette = [ade.palette[ade.names.index(name)].tolist() if name else [0, 0, 0]
-                   for name in classes.ade]
-    return torch.tensor([*palette, [0, 0, 0]]) / 255
+        colour = dict(zip(ade.names, ade.palette.tolist()))
+        palette = [colour.get(name, black) for name in classes.ade]
+    return torch.tensor([*palette, black]) / 255
 
 
 class LayoutEncoder(nn.Module):
@@ -216,7 +219,8 @@ class Schedule(nn.Module):
     def ddim_timesteps(self, S):
         """S ascending timesteps [S] int64, evenly spaced from 1: 1, 41, ..., 961 for S = 25."""
         T = len(self.alphas_cumprod)
-        return (torch.arange(S, device=self.alphas_cumprod.device) * T // S + 1).clamp(max=T - 1)
+        steps = torch.arange(S, device=self.alphas_cumprod.device)
+        return (steps * T // S + 1).clamp(max=T - 1)
 
     def a(self, t):
         """a_t [B,1,1,1] for t [B] or a number; past the chain's end (t < 0) it is a_0, not 1."""
@@ -288,11 +292,16 @@ class ALDM(nn.Module):
             self.adapter.attach(unet)
         else:
             self.adapter = unet.requires_grad_(True)
-        # FreestyleNet's text is made of these: the tokens of all classes, in one row.
-        words = [byte_pairs().encode(name + ",") for name in classes.names]
-        owner = [c for c, word in enumerate(words) for _ in word]
-        self.register_buffer("class_tokens", torch.tensor(sum(words, [])), persistent=False)  # (T,)
-        self.register_buffer("token_owner", torch.tensor(owner), persistent=False)
+            self.register_buffer("class_tokens", self.list_class_tokens(), persistent=False)
+
+    def list_class_tokens(self):
+        """-> [T,2] int64: the tokens of all class names in one row, of which FreestyleNet's text is
+        made, each with its class; and 75 END tokens of no class, -1."""
+        rows = []
+        for c, name in enumerate(self.classes.names):
+            for token in byte_pairs().encode(name + ","):
+                rows.append([token, c])
+        return torch.tensor(rows + [[TextEncoder.END, -1]] * 75)
 
     @property
     def device(self):
@@ -316,24 +325,21 @@ class ALDM(nn.Module):
         """FreestyleNet's conditions: the text is the list of the layout's classes, and each pixel
         attends to the words of its own class. -> context [B,77,C], mask [B,77,h,w] bool
 
-        Nothing here waits for the GPU: of the tokens of all classes, in one row, those whose class
-        is present move up to the positions 1 to 75.
+        Nothing here waits for the GPU: of all class tokens those of the layout's classes are sorted
+        to the front, END behind them, and the first 75 are taken.
         """
-        B = len(label)
-        present = torch.zeros(B, 256, dtype=torch.bool, device=label.device)
+        present = torch.zeros(len(label), 256, dtype=torch.bool, device=label.device)
         present.scatter_(1, label.flatten(1), True)
-        used = present[:, self.token_owner]  # (B, T)
-        place = used.cumsum(1)
-        place = place.where(used & (place <= 75), 77)  # 77: left out
-        ids = label.new_full((B, 78), self.text.END)
-        ids.scatter_(1, place, self.class_tokens.expand(B, -1))
-        ids[:, 0] = self.text.START
-        token_class = label.new_full((B, 78), -1)
-        token_class.scatter_(1, place, self.token_owner.expand(B, -1))
+        tokens, owner = self.class_tokens.unbind(1)  # (T,) each
+        used = present[:, owner] | (owner < 0)  # (B, T)
+        order = used.int().argsort(dim=1, descending=True, stable=True)[:, :75]
+        ids = F.pad(tokens[order], (1, 1), value=TextEncoder.END)  # (B, 77)
+        ids[:, 0] = TextEncoder.START
+        token_class = F.pad(owner[order], (1, 1), value=-1)
         with torch.no_grad():
-            context = self.text(ids[:, :77])
+            context = self.text(ids)
         f = self.vae.cfg.factor
-        return {"context": context, "mask": rectify(label[:, ::f, ::f], token_class[:, :77])}
+        return {"context": context, "mask": rectify(label[:, ::f, ::f], token_class)}
 
     def eps(self, x_t, t, text, layout):
         """eps_theta(x_t, y, t), the noise in x_t: x_t [B,4,h,w], t [B] int64 -> [B,4,h,w] fp32.
@@ -343,20 +349,23 @@ class ALDM(nn.Module):
         """
         context = text if torch.is_tensor(text) else self.text.encode(text)
         layout = self.encode_layout(layout) if torch.is_tensor(layout) else layout
-        control = None
-        if "hint" in layout:
+        if "context" in layout:  # FreestyleNet's takes the place of the prompts
+            eps = self.unet(x_t, t, layout["context"], mask=layout["mask"])
+        elif "hint" in layout:
             control = self.adapter.residuals(x_t, t, context, layout["hint"])
-        return self.unet(x_t, t, layout.get("context", context), control,
-                         layout.get("features"), layout.get("mask")).float()
+            eps = self.unet(x_t, t, context, control)
+        else:
+            eps = self.unet(x_t, t, context, features=layout["features"])
+        return eps.float()
 
     @torch.no_grad()
-    def sample(self, label, context, uncond=None, steps=25, cfg=1.0, noise=None, eta=0.0,
-               on_step=None):
+    def sample(self, label, context, uncond, steps, cfg, noise, eta=0.0, on_step=None):
         """DDIM from noise [B,4,h,w] to a latent x_0, with guidance eps_u + cfg (eps_c - eps_u); the
         layout is in both halves, which run as one batch. (FreestyleNet has no guidance here, as its
         text is the layout's.)
 
-        label [B,H,W], context and uncond [B,77,C]; on_step(i, x0_hat) is called after each step.
+        label [B,H,W], context and uncond [B,77,C] (None: no guidance); on_step(i, x0_hat) is called
+        after each step.
         """
         guided = cfg != 1.0 and uncond is not None and self.kind != "freestyle"
         if guided:
@@ -367,8 +376,8 @@ class ALDM(nn.Module):
         timesteps = self.schedule.ddim_timesteps(steps).flip(0).tolist()
         for i, t in enumerate(timesteps):
             t_prev = timesteps[i + 1] if i + 1 < steps else -1
-            batch = torch.cat([x, x]) if guided else x
-            eps = self.eps(batch, torch.full((len(batch),), t, device=self.device), context, layout)
+            x_t = torch.cat([x, x]) if guided else x
+            eps = self.eps(x_t, torch.full((len(x_t),), t, device=x.device), context, layout)
             if guided:
                 eps_u, eps_c = eps.chunk(2)
                 eps = eps_u + cfg * (eps_c - eps_u)
@@ -453,6 +462,7 @@ PREFIXES = {
     "judge.": "judge",
     "domain.": "domain",
 }
+KNOWN = re.compile(f"(?P<prefix>{'|'.join(map(re.escape, PREFIXES))})(?P<name>.*)")
 PREFIX = {part: prefix for prefix, part in PREFIXES.items()}
 ADAPTER_PART = {"controlnet": "control", "t2i": "adapter", "oft": "adapter", "freestyle": "unet"}
 
@@ -667,11 +677,10 @@ def split_parts(path, tensors):
             lacks = prefix
     parts = {}
     for name, t in tensors.items():
-        if not name.startswith(tuple(PREFIXES)):
-            name = lacks + name
-        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
-        if prefix and not PASSED_OVER.search(name):
-            parts.setdefault(PREFIXES[prefix], {})[name.removeprefix(prefix)] = t
+        found = KNOWN.match(name) or KNOWN.match(lacks + name)
+        if found and not PASSED_OVER.search(name):
+            part = PREFIXES[found["prefix"]]
+            parts.setdefault(part, {})[found["name"]] = t
     if not parts:
         names = ", ".join(list(tensors)[:3])
         raise InputError(f"{path}: no tensor is known here ({names}); {WANTED}")
@@ -760,11 +769,13 @@ def load_frozen(preset_name, sd=None, device="cpu", dtype=torch.float32):
     preset = PRESETS[preset_name]
     path = sd or base_file(preset_name)
     parts = load_weights(path)
-    lacks = [part for part in ("unet", "vae", "text") if part not in parts]
-    if lacks:
-        raise InputError(f"{path}: holds no {' and no '.join(lacks)}; {WANTED}")
+    for part in ("unet", "vae", "text"):
+        if part not in parts:
+            raise InputError(f"{path}: holds no {part}; {WANTED}")
     with torch.device("meta"):
-        unet, vae, text = UNet(preset.unet), VAE(preset.vae), TextEncoder(**preset.text)
+        unet = UNet(preset.unet)
+        vae = VAE(preset.vae)
+        text = TextEncoder(**preset.text)
     for part, network in ("unet", unet), ("vae", vae), ("text", text):
         load_into(network, parts.pop(part), f"{path}: {part}")
     text.attn_mask = text.build_causal_mask()  # a buffer that no file has
@@ -817,7 +828,7 @@ def load_class_embeddings(path, classes, text=None):
     table = read_file(path)[0]
     beside = Path(path).with_name("null_embedding.pth")
     null = read_file(beside)[0] if beside.exists() else text.class_table([])
-    found = list(getattr(table, "shape", ()))
+    found = list(table.shape) if torch.is_tensor(table) else []
     wanted = [len(classes.names), null.shape[1]]
     if found != wanted:
         raise InputError(f"{path}: holds {found}, but {classes.key} wants {wanted}; give the file "
@@ -827,40 +838,55 @@ def load_class_embeddings(path, classes, text=None):
     return table
 
 
+def match_outputs(classes, ours, names, theirs):
+    """Which output of a segmenter of the classes `names`, with `theirs` outputs, each of `ours` for
+    `classes` starts from -> {our output: its}. The one behind the classes is "fake"."""
+    if names == classes.names:  # by number: ADE20K has two classes named screen
+        return {i: i for i in range(min(ours, theirs))}
+    wanted = classes.names
+    if names == class_table("ade20k").names:
+        wanted = classes.ade
+    wanted = [*wanted, "fake"][:ours]
+    found = [*names, "fake"][:theirs]
+    return {i: found.index(name) for i, name in enumerate(wanted) if name in found}
+
+
 def load_segmenter(files, segmenter, classes, meta=None):
-    """Start a discriminator (or judge) of `classes`, in place, and set whether it `normalize`s its
-    input -> how many of its N+1 (or N) outputs start from the file's; the others stay at random.
+    """Start a discriminator (or judge) of `classes` with a file's weights, in place, and set
+    whether it `normalize`s its input. Outputs for classes that the file lacks stay at random.
 
     files    a list of paths: one of ours or official ALDM's, or mit-semseg's encoder and decoder;
              or a state dict, with the `meta` of its file
     meta     its "names" are the file's classes; without, 150 or 151 outputs are ADE20K's, and N or
              N+1 the same `classes`
     InputError if the file does not fit."""
-    state, what = files, "segmenter"
-    if not isinstance(files, dict):
-        state, what = {}, " + ".join(map(str, files))
+    if isinstance(files, dict):
+        what = "segmenter"
+        state = files
+    else:
+        what = " + ".join(map(str, files))
+        state = {}
         for path in files:
             parts, meta = read_parts(path)
             state |= parts.get("segmenter", {})
     meta = meta or {}
-    outputs = len(state.get(LAST[1], ()))
-    ade = class_table("ade20k").names
-    names = tuple(meta.get("names") or (ade if outputs in (150, 151) else classes.names))
+    weight, bias = LAST
+    outputs = len(state.get(bias, ()))
+    names = meta.get("names")
+    if not names:
+        names = class_table("ade20k").names if outputs in (150, 151) else classes.names
     if outputs not in (len(names), len(names) + 1):
         raise InputError(f"{what}: the last layer knows {outputs} classes, not {len(names)}; give "
                          "mit-semseg's encoder and decoder, or a segmenter of these classes")
-    last = {name: t for name, t in segmenter.state_dict().items() if name in LAST}
-    found = [*names, "fake"][:outputs]
-    wanted = [*(classes.ade if names == ade else classes.names), "fake"][:len(last[LAST[1]])]
-    rows = {i: found.index(name) for i, name in enumerate(wanted) if name in found}
-    if names == classes.names:
-        rows = {i: i for i in rows}  # ADE20K has two classes named screen
+
+    ours = segmenter.state_dict()
+    last = {weight: ours[weight], bias: ours[bias]}
+    rows = match_outputs(classes, len(ours[bias]), tuple(names), outputs)
     check_finite(state, what)
     load_into(segmenter, state | last, what)
     for name, t in last.items():
         t[list(rows)] = state[name][list(rows.values())].to(t)
     segmenter.normalize = bool(meta.get("normalize", outputs in IMAGENET_OUTPUTS))
-    return len(rows)
 
 
 # networks -> files
@@ -869,10 +895,8 @@ def load_segmenter(files, segmenter, classes, meta=None):
 def check_target(path):
     """InputError if no file can be written at `path`: for command lines, before the work."""
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; name a file")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: the folder {path.parent} is not there or may not be written to")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: must be a file in a folder that is there and may be written to")
 
 
 def remove_leftovers(folder):
@@ -881,12 +905,10 @@ def remove_leftovers(folder):
         process = path.name.split(".")[1]
         try:
             os.kill(int(process), 0)  # only asks whether the process lives
-        except ValueError:
-            continue  # not ours
         except ProcessLookupError:
             path.unlink(missing_ok=True)
-        except PermissionError:
-            pass  # it lives, and is somebody else's
+        except (ValueError, PermissionError):
+            pass  # not one of these; somebody else's, who is still writing
 
 
 def save_tensors(path, tensors, metadata):

@@ -12,16 +12,24 @@ import torch.nn.functional as F
 from torch import nn
 
 IGNORE = 255  # void pixels of a label map: they count nowhere
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def conv_bn(cin, cout, kernel, stride=1):
-    conv = nn.Conv2d(cin, cout, kernel, stride, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(cout), nn.ReLU())
+def conv(cin, cout, kernel, stride=1):
+    """A convolution without bias: a batch norm follows."""
+    return nn.Conv2d(cin, cout, kernel, stride, padding=kernel // 2, bias=False)
+
+
+def conv_bn(cin, cout, kernel):
+    return nn.Sequential(
+        conv(cin, cout, kernel),
+        nn.BatchNorm2d(cout),
+        nn.ReLU(),
+    )
 
 
 def resize(x, like):
+    """x [B,c,h,w] -> [B,c,h',w'], the size of `like` [B,c',h',w']."""
     return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=False)
 
 
@@ -31,21 +39,31 @@ class Bottleneck(nn.Module):
     def __init__(self, cin, width, stride):
         super().__init__()
         cout = 4 * width
-        self.conv1 = nn.Conv2d(cin, width, 1, bias=False)
+        self.conv1 = conv(cin, width, 1)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.conv2 = conv(width, width, 3, stride)
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, cout, 1, bias=False)
+        self.conv3 = conv(width, cout, 1)
         self.bn3 = nn.BatchNorm2d(cout)
         self.downsample = nn.Identity()
         if stride != 1 or cin != cout:
-            conv = nn.Conv2d(cin, cout, 1, stride, bias=False)
-            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(cout))
+            self.downsample = nn.Sequential(
+                conv(cin, cout, 1, stride),
+                nn.BatchNorm2d(cout),
+            )
 
     def forward(self, x):
+        """x [B,cin,h,w] -> [B,4 width,h/stride,w/stride]."""
         h = F.relu(self.bn1(self.conv1(x)))
         h = F.relu(self.bn2(self.conv2(h)))
-        return F.relu(self.bn3(self.conv3(h)) + self.downsample(x))
+        h = self.bn3(self.conv3(h))
+        return F.relu(h + self.downsample(x))
+
+
+def stage(blocks, cin, width, stride):
+    """A row of Bottlenecks, of which the first one has the stride: cin -> 4 width channels."""
+    rest = [Bottleneck(4 * width, width, stride=1) for _ in range(blocks - 1)]
+    return nn.Sequential(Bottleneck(cin, width, stride), *rest)
 
 
 class ResNet(nn.Module):
@@ -55,31 +73,28 @@ class ResNet(nn.Module):
     or quadruples them, which keeps the small objects of small images.
     """
 
-    def __init__(self, layers=(3, 4, 23, 3), width=64, stem_stride=4):
+    def __init__(self, layers, width, stem_stride):
         super().__init__()
         stride = 2 if stem_stride > 1 else 1
-        self.conv1 = nn.Conv2d(3, width, 3, stride, padding=1, bias=False)
+        self.conv1 = conv(3, width, 3, stride)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv2 = conv(width, width, 3)
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, 2 * width, 3, padding=1, bias=False)
+        self.conv3 = conv(width, 2 * width, 3)
         self.bn3 = nn.BatchNorm2d(2 * width)
         self.pool = nn.MaxPool2d(3, 2, 1) if stem_stride == 4 else nn.Identity()
-        self.layer1 = self.stage(layers[0], 2 * width, width, stride=1)
-        self.layer2 = self.stage(layers[1], 4 * width, 2 * width, stride=2)
-        self.layer3 = self.stage(layers[2], 8 * width, 4 * width, stride=2)
-        self.layer4 = self.stage(layers[3], 16 * width, 8 * width, stride=2)
-
-    @staticmethod
-    def stage(blocks, cin, width, stride):
-        rest = [Bottleneck(4 * width, width, stride=1) for _ in range(blocks - 1)]
-        return nn.Sequential(Bottleneck(cin, width, stride), *rest)
+        self.layer1 = stage(layers[0], 2 * width, width, stride=1)
+        self.layer2 = stage(layers[1], 4 * width, 2 * width, stride=2)
+        self.layer3 = stage(layers[2], 8 * width, 4 * width, stride=2)
+        self.layer4 = stage(layers[3], 16 * width, 8 * width, stride=2)
 
     def forward(self, image):
+        """image [B,3,H,W] -> list of four maps, from fine to coarse."""
         x = F.relu(self.bn1(self.conv1(image)))
         x = F.relu(self.bn2(self.conv2(x)))
-        x = self.pool(F.relu(self.bn3(self.conv3(x))))  # (B, 2 width, H/4, W/4)
-        c2 = self.layer1(x)
+        x = F.relu(self.bn3(self.conv3(x)))
+        x = self.pool(x)  # (B, 2 width, H/4, W/4)
+        c2 = self.layer1(x)  # (B, 4 width, H/4, W/4)
         c3 = self.layer2(c2)
         c4 = self.layer3(c3)
         c5 = self.layer4(c4)  # (B, 32 width, H/32, W/32)
@@ -89,30 +104,37 @@ class ResNet(nn.Module):
 class UperNetHead(nn.Module):
     """Pools the coarsest map at four scales, runs a feature pyramid down to the finest map, and
     fuses all levels at the finest one's resolution (Xiao et al. 2018)."""
+    scales = (1, 2, 3, 6)  # cells along each side of the pooled maps
 
-    def __init__(self, num_classes, channels, dim=256):
+    def __init__(self, num_classes, channels, dim):
         super().__init__()
-        top = channels[-1]
-        self.ppm_conv = nn.ModuleList(conv_bn(top, 2 * dim, 1) for _ in range(4))
+        *finer, top = channels
+        self.ppm_conv = nn.ModuleList(conv_bn(top, 2 * dim, 1) for _ in self.scales)
         self.ppm_last_conv = conv_bn(top + 4 * 2 * dim, dim, 3)
-        self.fpn_in = nn.ModuleList(conv_bn(c, dim, 1) for c in channels[:-1])
-        self.fpn_out = nn.ModuleList(nn.Sequential(conv_bn(dim, dim, 3)) for _ in channels[:-1])
-        self.conv_last = nn.Sequential(conv_bn(4 * dim, dim, 3), nn.Conv2d(dim, num_classes, 1))
+        self.fpn_in = nn.ModuleList(conv_bn(c, dim, 1) for c in finer)
+        self.fpn_out = nn.ModuleList(nn.Sequential(conv_bn(dim, dim, 3)) for _ in finer)
+        self.conv_last = nn.Sequential(
+            conv_bn(4 * dim, dim, 3),
+            nn.Conv2d(dim, num_classes, 1),
+        )
 
     def forward(self, maps):
+        """The encoder's four maps -> logits [B,num_classes,H/4,W/4]."""
         top = maps[-1]
         pooled = [top]
-        for scale, conv in zip((1, 2, 3, 6), self.ppm_conv):
-            pooled.append(conv(resize(F.adaptive_avg_pool2d(top, scale), top)))
+        for scale, layer in zip(self.scales, self.ppm_conv):
+            h = F.adaptive_avg_pool2d(top, scale)  # (B, 32 width, scale, scale)
+            h = resize(h, top)
+            pooled.append(layer(h))
         f = self.ppm_last_conv(torch.cat(pooled, dim=1))  # (B, dim, H/32, W/32)
         pyramid = [f]
         for i in (2, 1, 0):  # from coarse to fine
             lateral = self.fpn_in[i](maps[i])
             f = lateral + resize(f, lateral)
             pyramid.append(self.fpn_out[i](f))
-        finest = pyramid[-1]
-        fused = torch.cat([resize(level, finest) for level in reversed(pyramid)], dim=1)
-        return self.conv_last(fused)  # (B, num_classes, H/4, W/4)
+        levels = [resize(level, like=f) for level in reversed(pyramid)]
+        fused = torch.cat(levels, dim=1)  # (B, 4 dim, H/4, W/4)
+        return self.conv_last(fused)
 
 
 class UperNet(nn.Module):
@@ -122,35 +144,38 @@ class UperNet(nn.Module):
                 do that start from mit-semseg's files; False: it sees [-1,1] as it is
     """
 
-    def __init__(self, num_classes, layers=(3, 4, 23, 3), width=64, fpn_dim=256, stem_stride=4,
-                 normalize=False):
+    def __init__(self, num_classes, layers=(3, 4, 23, 3), width=64, fpn_dim=256, stem_stride=4):
         super().__init__()
         self.encoder = ResNet(layers, width, stem_stride)
-        self.decoder = UperNetHead(num_classes, [4 * width * 2 ** i for i in range(4)], fpn_dim)
-        self.normalize = normalize
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        channels = [4 * width, 8 * width, 16 * width, 32 * width]
+        self.decoder = UperNetHead(num_classes, channels, fpn_dim)
+        self.normalize = False
+        imagenet = torch.tensor(IMAGENET_MEAN_STD).view(2, 3, 1, 1)
+        self.register_buffer("imagenet", imagenet, persistent=False)  # not in the files
 
     def features(self, image):
         """image [B,3,H,W] in [-1,1] -> the encoder's four maps."""
         if self.normalize:
-            image = ((image + 1) / 2 - self.mean) / self.std
+            mean, std = self.imagenet
+            image = ((image + 1) / 2 - mean) / std
         return self.encoder(image)
 
     def forward(self, image):
-        return resize(self.decoder(self.features(image)), image)
+        logits = self.decoder(self.features(image))
+        return resize(logits, image)
 
 
 class Classifier(nn.Module):
     """image [B,3,H,W] in [-1,1] -> logits [B,num_classes] of it all: judges the toy's weather."""
 
-    def __init__(self, num_classes, layers=(1, 1, 1, 1), width=8, stem_stride=2):
+    def __init__(self, num_classes):
         super().__init__()
-        self.encoder = ResNet(layers, width, stem_stride)
-        self.head = nn.Linear(32 * width, num_classes)
+        self.encoder = ResNet((1, 1, 1, 1), width=8, stem_stride=2)
+        self.head = nn.Linear(32 * 8, num_classes)
 
     def forward(self, image):
-        return self.head(self.encoder(image)[-1].mean((2, 3)))
+        coarsest = self.encoder(image)[-1]
+        return self.head(coarsest.mean((2, 3)))
 
 
 # -- losses (Sec. 3.1) -----------------------------------------------------------------------------
@@ -166,7 +191,8 @@ def class_balance(label, num_classes):
     valid = label != IGNORE
     classes = torch.arange(num_classes, device=label.device)
     # Comparing instead of bincount, which would make the CPU wait for the GPU.
-    count = (label.flatten()[:, None] == classes).sum(0).float()  # (num_classes,)
+    is_class = label.flatten()[:, None] == classes  # (B*H*W, num_classes)
+    count = is_class.sum(0)  # (num_classes,)
     n_present = (count > 0).sum().clamp(min=1)
     gamma = valid.sum() / (count.clamp(min=1) * n_present * num_classes)
     return gamma[label.where(valid, 0)] * valid
@@ -194,9 +220,11 @@ def discriminator_loss(real_logits, fake_logits, label, fake_weight):
     `caught`, the share of the fakes' pixels that the discriminator takes for fake.
     """
     real = per_valid_pixel(layout_loss_map(real_logits, label), label)
-    fake = -F.log_softmax(fake_logits.float(), dim=1)[:, -1].mean()
-    caught = (fake_logits.argmax(1) == fake_logits.shape[1] - 1).float().mean()
-    return real + fake_weight * fake, {"real": real, "fake": fake, "caught": caught}
+    log_p_fake = F.log_softmax(fake_logits.float(), dim=1)[:, -1]  # (B, H, W)
+    fake = -log_p_fake.mean()
+    caught = fake_logits.argmax(1) == fake_logits.shape[1] - 1  # (B, H, W)
+    parts = {"real": real, "fake": fake, "caught": caught.float().mean()}
+    return real + fake_weight * fake, parts
 
 
 # -- segmentation and its measure ------------------------------------------------------------------
@@ -208,17 +236,15 @@ def segment(net, image, size):
     image [B,3,H,W] -> logits [B,N,H,W]: the windows overlap by half or more, and where they do
     their logits are averaged. An image smaller than a window is seen as it is.
     """
-    H, W = image.shape[2:]
-    rows, columns = window_starts(H, size), window_starts(W, size)
-    total, count = 0, image.new_zeros(H, W)
-    for top in rows:
-        for left in columns:
+    B, _, H, W = image.shape
+    total = None
+    count = image.new_zeros(H, W)
+    for top in window_starts(H, size):
+        for left in window_starts(W, size):
             here = (..., slice(top, top + size), slice(left, left + size))
             logits = net(image[here]).float()
-            if len(rows) == len(columns) == 1:
-                return logits
-            if count.sum() == 0:
-                total = logits.new_zeros(*logits.shape[:2], H, W)
+            if total is None:
+                total = logits.new_zeros(B, logits.shape[1], H, W)
             total[here] += logits
             count[here] += 1
     return total / count
@@ -236,11 +262,13 @@ def confusion_matrix(pred, label, num_classes):
     """pred, label [...] int64 -> counts [num_classes,num_classes], a row per true class."""
     valid = label != IGNORE
     pairs = label[valid] * num_classes + pred[valid]
-    return torch.bincount(pairs, minlength=num_classes ** 2).view(num_classes, -1)
+    count = torch.bincount(pairs, minlength=num_classes ** 2)
+    return count.view(num_classes, num_classes)
 
 
 def mean_iou(confusion):
     """confusion [N,N] -> mean IoU, IoU per class [N]: nan where it is neither there nor found."""
     hit = confusion.diag().double()
-    iou = hit / (confusion.sum(0) + confusion.sum(1) - hit)
+    union = confusion.sum(0) + confusion.sum(1) - hit
+    iou = hit / union
     return iou.nanmean().item(), iou

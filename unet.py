@@ -459,16 +459,13 @@ class Rotation(nn.Module):
         self.params = params  # (blocks, d, d); S is their antisymmetric part
 
     def matrix(self):
-        """-> R's blocks [blocks,d,d], in fp32 at least."""
-        p = self.params
-        if p.dtype != torch.float64:
-            p = p.float()
-        S = (p - p.mT) / 2
-        I = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
+        """-> R's blocks [blocks,d,d]."""
+        S = (self.params - self.params.mT) / 2
+        I = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
         return torch.linalg.solve(I - S, I + S)  # the two factors commute
 
     def forward(self, weight):
-        """weight [o,blocks*d] -> the same shape and dtype."""
+        """weight [o,blocks*d] -> the same shape and dtype; computed in the parameters' fp32."""
         with torch.autocast(weight.device.type, enabled=False):
             R = self.matrix()
             w = rearrange(weight.to(R.dtype), "o (b i) -> b o i", b=len(R))  # (blocks, o, d)
@@ -489,27 +486,23 @@ class OFT(nn.Module):
         self.rotations = nn.ParameterDict()
         for name, linear in self.projections(unet):
             d = linear.in_features // blocks
-            key = name.replace(".", "/")  # parameter names have no dots
-            self.rotations[key] = nn.Parameter(torch.zeros(blocks, d, d))
+            self.rotations[name] = nn.Parameter(torch.zeros(blocks, d, d))
 
     @staticmethod
     def projections(unet):
-        """-> [(name, linear layer)] of everything that is rotated."""
+        """-> [(name, linear layer)] of everything that is rotated; parameter names have no dots."""
         found = []
         for name, module in unet.named_modules():
-            if isinstance(module, Attention):
-                found.append((f"{name}.to_q", module.to_q))
-                found.append((f"{name}.to_k", module.to_k))
-                found.append((f"{name}.to_v", module.to_v))
-                found.append((f"{name}.to_out", module.to_out[0]))
-            elif isinstance(module, GEGLU):
-                found.append((f"{name}.proj", module.proj))
+            name = name.removesuffix(".0").replace(".", "/")  # of to_out.0
+            rotated = name.endswith(("/to_q", "/to_k", "/to_v", "/to_out", "/proj"))
+            if rotated and isinstance(module, nn.Linear):
+                found.append((name, module))
         return found
 
     def attach(self, unet):
         """From now on the UNet computes these weights from frozen ones and the rotations."""
         for name, linear in self.projections(unet):
-            rotation = Rotation(self.rotations[name.replace(".", "/")])
+            rotation = Rotation(self.rotations[name])
             parametrize.register_parametrization(linear, "weight", rotation)
 
     @staticmethod

@@ -91,50 +91,46 @@ class Middle(nn.Module):
         return self.block_2(x)
 
 
-class Resample(nn.Module):
-    """Double the resolution (nearest neighbours, then a convolution) or halve it (a strided
-    convolution, padded at the right and bottom only)."""
+class Downsample(nn.Module):
+    """Halve the resolution: a strided convolution, padded at the right and bottom only."""
 
-    def __init__(self, c, up):
+    def __init__(self, c):
         super().__init__()
-        self.up = up
-        if up:
-            self.conv = nn.Conv2d(c, c, 3, padding=1)
-        else:
-            self.conv = nn.Conv2d(c, c, 3, stride=2)
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
 
     def forward(self, x):
-        if self.up:
-            x = F.interpolate(x, scale_factor=2.0)  # (B, c, 2h, 2w)
-        else:
-            x = F.pad(x, (0, 1, 0, 1))  # (B, c, h+1, w+1)
+        x = F.pad(x, (0, 1, 0, 1))  # (B, c, h+1, w+1)
+        return self.conv(x)  # (B, c, h/2, w/2)
+
+
+class Upsample(nn.Module):
+    """Double the resolution: nearest neighbours, then a convolution."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        x = F.interpolate(x, scale_factor=2.0)  # (B, c, 2h, 2w)
         return self.conv(x)
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, then the way to the next: `resample` is "downsample",
-    "upsample" (also the key name of that layer) or None."""
+    """The residual blocks of one resolution, then the way to the next one down or up, if any."""
 
-    def __init__(self, cin, cout, blocks, groups, resample=None):
+    def __init__(self, cin, cout, blocks, groups, down=False, up=False):
         super().__init__()
         self.block = nn.ModuleList()
         for _ in range(blocks):
             self.block.append(ResnetBlock(cin, cout, groups))
             cin = cout
-        self.resample = resample
-        if resample == "downsample":
-            self.downsample = Resample(cout, up=False)
-        elif resample == "upsample":
-            self.upsample = Resample(cout, up=True)
+        self.downsample = Downsample(cout) if down else nn.Identity()
+        self.upsample = Upsample(cout) if up else nn.Identity()
 
     def forward(self, x):
         for block in self.block:
             x = block(x)
-        if self.resample == "downsample":
-            x = self.downsample(x)  # (B, c, h/2, w/2)
-        elif self.resample == "upsample":
-            x = self.upsample(x)  # (B, c, 2h, 2w)
-        return x
+        return self.upsample(self.downsample(x))
 
 
 # -- the autoencoder -------------------------------------------------------------------------------
@@ -151,8 +147,7 @@ class Encoder(nn.Module):
         lowest = len(cfg.ch_mult) - 1
         for i, mult in enumerate(cfg.ch_mult):
             width = cfg.ch * mult
-            resample = "downsample" if i < lowest else None
-            self.down.append(Level(c, width, cfg.num_res_blocks, cfg.groups, resample))
+            self.down.append(Level(c, width, cfg.num_res_blocks, cfg.groups, down=i < lowest))
             c = width
         self.mid = Middle(c, cfg.groups)
         self.norm_out = norm(c, cfg.groups)
@@ -178,8 +173,7 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList()  # up.0 is the full resolution
         inputs = widths[1:] + widths[-1:]  # what the level below puts out; the lowest gets mid's
         for i, width in enumerate(widths):
-            resample = "upsample" if i > 0 else None
-            self.up.append(Level(inputs[i], width, cfg.num_res_blocks + 1, cfg.groups, resample))
+            self.up.append(Level(inputs[i], width, cfg.num_res_blocks + 1, cfg.groups, up=i > 0))
         self.norm_out = norm(widths[0], cfg.groups)
         self.conv_out = nn.Conv2d(widths[0], 3 * cfg.patch ** 2, 3, padding=1)
 
@@ -214,10 +208,9 @@ class VAE(nn.Module):
     def encode(self, image, sample=False):
         """image [B,3,H,W] in [-1,1] -> scaled latent z [B,z,H/f,W/f]: the Gaussian's mean, or a
         draw from it."""
-        mean, logvar = self.moments(image)
-        z = mean
+        z, logvar = self.moments(image)
         if sample:
-            z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+            z = z + torch.exp(0.5 * logvar) * torch.randn_like(z)
         return z * self.cfg.scale
 
     def decode(self, z):

@@ -33,6 +33,7 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
+from urllib.parse import urlencode
 
 import numpy as np
 import pytest
@@ -50,14 +51,14 @@ import data
 import discriminator as disc
 import sample
 import train
-from aldm import (ALDM, JUDGE, PRESETS, Preset, Schedule, TextEncoder, atomic, load_class_embeddings, load_frozen,
-                  load_into, load_segmenter, load_weights, read_adapter, save_adapter, save_base,
+from aldm import (ALDM, JUDGE, PRESETS, Preset, Schedule, TextEncoder, load_class_embeddings, load_frozen, load_into,
+                  load_segmenter, load_weights, read_adapter, save_adapter, save_base,
                   unrolled_adversarial_loss)
 from data import (DOMAINS, IGNORE, InputError, Toy, class_table, colorize, open_dataset, read_layout, toy_scene,
                   write_toy)
 from discriminator import Classifier, UperNet, discriminator_loss
 from sample import BODY, painter
-from unet import ControlNet, OFT, Rotation, T2IAdapter, UNet, UNetConfig, rectify
+from unet import ControlNet, OFT, Rotation, T2IAdapter, UNet, UNetConfig
 from vae import VAE, ResnetBlock, VAEConfig
 
 HERE = Path(__file__).parent
@@ -1712,7 +1713,6 @@ REQUEST, PNG = {"prompt": "a street", "seed": 0, "steps": 2, "cfg": 1}, png(colo
 
 def call(server, path="/generate", words=REQUEST, body=PNG, method="POST", headers=()):
     """-> status, text"""
-    from urllib.parse import urlencode
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
     connection.request(method, f"{path}?{urlencode(words)}", body, dict(headers))
     answer = connection.getresponse()
@@ -2597,6 +2597,7 @@ def test_half_precision(adapter, scene):
         found.append((losses, image.astype(float)))
     (a, image), (b, half) = found
     assert a["dropped"] == b["dropped"] == 0
+    a.pop("D_caught")                                             # a share of pixels: it jumps where two classes tie
     assert all(a[name].item() == pytest.approx(b[name].item(), rel=0.05, abs=0.02) for name in a)
     assert np.abs(image - half).mean() < 4                          # of 255
 

@@ -961,7 +961,7 @@ def shard(text):
     return int(found[1]), int(found[2])
 
 
-def parse_args():
+def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = refuse
@@ -1002,7 +1002,7 @@ def parse_args():
     add("--features", choices=["judge", "clip"], default="judge", help="of the Frechet distance")
     add("--port", type=number(0, 65535, int), default=8000, help="of --serve")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     if args.n is None:
         args.n = 2 if args.evaluate else 1
     if args.layouts and not args.prompts:

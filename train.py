@@ -894,7 +894,7 @@ def bench(args):
         run = partial(adapter_step, args, model, discriminator, opt_g, opt_d, items, step)
         flops, seconds, peak = measure(run, device, args.repeat)
         tera = flops / 1e12
-        print(f"{title:36}{tera:9.3f}{seconds * 1e3:10.1f}{tera / seconds:9.2f}{peak:10.2f}")
+        print(f"{title:36}{tera:9.3g}{seconds * 1e3:10.1f}{tera / seconds:9.3g}{peak:10.2f}")
 
 
 # -- the command line ------------------------------------------------------------------------------

@@ -787,7 +787,7 @@ def train_segmenter(args):
     opt = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-4, fused=True)
     meta = dict(preset=args.preset, dataset=real.classes.key, names=list(real.classes.names),
                 normalize=net.normalize)
-    open_run(args)
+    out = open_run(args)
     done = fit(Job(
         state={"segmenter": net, "opt": opt},
         meta=meta,
@@ -796,7 +796,7 @@ def train_segmenter(args):
         step=partial(segmenter_step, args, net, opt),
         columns=["ce"],
         export=partial(export_segmenter, args, net, meta)), args)
-    if done and rank() == 0:
+    if rank() == 0 and (done or not (out / "segmenter.json").exists()):
         test_segmenter(args, net.eval(), tests)
 
 

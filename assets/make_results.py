@@ -128,7 +128,7 @@ def generalisation(args):
         results = []
         for seed in range(args.seeds):
             out = args.runs / folder_name("segmenter " + flags.replace(str(images), "aldm"), seed)
-            training = f"--train segmenter --steps 500 {flags} {tests} --seed {seed}"
+            training = f"--train segmenter --steps 1000 {flags} {tests} --seed {seed}"
             results.append(finish(out, training, "segmenter.json", args))
         cells = [spread([result[f"toy:{domain}"]["mIoU"] for result in results])
                  for domain in DOMAINS]
@@ -145,7 +145,7 @@ def main():
     p.add_argument("--train-flags", default="", help="given to every run, in one string")
     p.add_argument("--adapter", type=Path, default=ROOT / "assets" / "toy_aldm.safetensors",
                    help="whose images generalisation uses")
-    p.add_argument("--mix", type=number(0, 1), nargs="+", default=[0.5])
+    p.add_argument("--mix", type=number(0, 1), nargs="+", default=[0.25])
     args = p.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the run as well
     try:

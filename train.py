@@ -384,8 +384,8 @@ class Log:
             values = {name: value.item() for name, value in losses.items()}
             cells = [f"{values[name]:.7g}" if name in values else "" for name in self.columns]
             rows.append(",".join([str(step), *cells]) + "\n")
+            self.dropped.append(values.pop("dropped") > 0)
             self.last |= values
-            self.dropped.append(values["dropped"] > 0)
         self.waiting.clear()
         if rank() == 0:
             with open(self.path, "a") as file:

@@ -43,11 +43,11 @@ from aldm import (ALDM, PRESETS, Schedule, TextEncoder, atomic, check_finite,
                   read_adapter, remove_leftovers, save_adapter, save_tensors,
                   unrolled_adversarial_loss)
 from data import (ASSETS, IGNORE, InputError, Toy, batches, class_table, colorize, open_dataset,
-                  refuse)
+                  refuse, write_png, write_text)
 from discriminator import (Bottleneck, UperNet, confusion_matrix, discriminator_loss, mean_iou,
                            segment)
 from sample import (device_name, draw_curves, evaluate, from_pixels, generate, grid, measure,
-                    number, rounded, to_pixels, toy_judges, write_png, write_text)
+                    number, rounded, to_pixels, toy_judges)
 from unet import ResBlock, SpatialTransformer, UNet
 from vae import VAE, ResnetBlock
 

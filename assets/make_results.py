@@ -8,6 +8,7 @@ is finished there is kept: the same command goes on after a stop, and tables sha
 import argparse
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def finish(out, flags, product, args):
     `product`. -> what that holds"""
     if not (out / product).exists():
         command = [sys.executable, str(ROOT / "train.py"), "--resume", "--keep", "1",
-                   *flags.split(), *args.train_flags.split(), "--out", str(out)]
+                   *shlex.split(flags), *shlex.split(args.train_flags), "--out", str(out)]
         print(" ".join(command[1:]), flush=True)
         subprocess.run(command, check=True)
     return json.loads((out / product).read_text())
@@ -82,7 +83,7 @@ def finish_row(flags, seed, args):
     for word in re.findall(r"START/\w+", flags):
         start = args.runs / word.lower()
         finish(start, f"{STARTS[start.name]} --no-before", "judged.json", args)
-        flags = flags.replace(word, str(start))
+        flags = flags.replace(word, shlex.quote(str(start)))
     return finish(out, f"{flags} --seed {seed} --no-before", "judged.json", args)
 
 
@@ -122,13 +123,14 @@ def generalisation(args):
     rows = {"clear days": "--data toy", "real images of all weathers": "--data toy:all"}
     for mix in args.mix:
         row = f"clear days and ALDM's images, {mix:g} of each batch"
-        rows[row] = f"--data toy --mix {mix:g} --extra {images}"
+        rows[row] = f"--data toy --mix {mix:g} --extra {shlex.quote(str(images))}"
     lines = ["## What images of unseen weather are good for: mIoU of a segmenter", "",
              f"| trained on | {' | '.join(DOMAINS)} |", "|---|" + "---|" * len(DOMAINS)]
     for row, flags in rows.items():
         results = []
         for seed in range(args.seeds):
-            out = args.runs / folder_name("segmenter " + flags.replace(str(images), "aldm"), seed)
+            words = flags.replace(shlex.quote(str(images)), "aldm")
+            out = args.runs / folder_name(f"segmenter {words}", seed)
             training = f"--train segmenter --steps 1000 {flags} {tests} --seed {seed}"
             results.append(finish(out, training, "segmenter.json", args))
         cells = [spread([result[f"toy:{domain}"]["mIoU"] for result in results])

@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from aldm import (JUDGE, PRESETS, Schedule, TextEncoder, load_into, load_weights, pick_device,
                   save_base)
-from data import DOMAINS, IGNORE, InputError, Toy, class_table, colorize, toy_scene
+from data import DOMAINS, IGNORE, InputError, Toy, class_table, colorize, toy_scene, write_png
 from discriminator import Classifier, UperNet
-from sample import from_pixels, generate, grid, load_model, number, write_png
+from sample import from_pixels, generate, grid, load_model, number
 from train import Job, Stopped, autocast, cosine, fill_in, fit, open_run, paint, update
 from unet import UNet
 from vae import VAE
@@ -322,15 +322,16 @@ def segmentation_loss(net, toy, index, device):
 
 def make_adapters(args):
     """toy_controlnet.safetensors by the noise loss; from it toy_aldm.safetensors."""
-    run_train(args, "toy_controlnet", "--init none --discriminator none --lr 1e-3 --steps 1500")
+    run_train(args, "toy_controlnet", "none", "--discriminator none --lr 1e-3 --steps 1500")
     start = Path(args.out) / "toy_controlnet.safetensors"
-    run_train(args, "toy_aldm", f"--init {start} --steps 1000 --lr-d 5e-5")
+    run_train(args, "toy_aldm", str(start), "--steps 1000 --lr-d 5e-5")
 
 
-def run_train(args, name, flags):
+def run_train(args, name, init, flags):
     out = Path(args.out)
-    command = [sys.executable, str(ROOT / "train.py"), "--resume", "--device", args.device]
-    command += ["--sd", str(out / "toy.safetensors"), "--out", str(out / name), *flags.split()]
+    command = [sys.executable, str(ROOT / "train.py"), "--resume", "--device", args.device,
+               "--sd", str(out / "toy.safetensors"), "--init", init, "--out", str(out / name),
+               *flags.split()]
     if args.bf16:
         command.append("--bf16")
     subprocess.run(command, check=True)

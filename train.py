@@ -57,7 +57,7 @@ DEFAULTS = {
     #               toy      cityscapes     ade20k
     "preset":       ("toy",  "sd15",        "sd15"),            # size of the networks
     "size":         (64,     512,           512),               # side of the crops, pixels
-    "steps":        (300,    120_000,       200_000),
+    "steps":        (250,    120_000,       200_000),
     "batch":        (16,     4,             4),                 # per process and micro batch
     "lr":           (5e-4,   1e-5,          2e-5),              # the adapter's, AdamW
     "lr_d":         (1e-4,   1e-6,          1e-6),              # D's one-cycle maximum, AdamW
@@ -69,6 +69,7 @@ DEFAULTS = {
     "ramp":         ((0, 50), (5000, 10_000), (10_000, 15_000)),  # steps: lambda_adv grows from 0
     "lazy":         (2,      8,             8),                 # L_adv and D every n-th step
     "unroll":       (3,      9,             9),                 # K
+    "unroll_grad":  ("each", "first",       "first"),           # estimates that carry gradient
     "save_every":   (100,    1000,          1000),
     "sample_every": (100,    500,           500),
 }
@@ -498,10 +499,11 @@ def train_adapter(args):
     if done == 0 and (out / "judged.json").exists():
         note(f"{out}: finished already, nothing is changed")
         return
+    # Of the whole training, also where only its end was seen.
+    seconds = (time.time() - began) * args.steps / done if done else None
     after = judge_toy(model, parts, args)
     if after:
-        # Of the whole run, also where only its end was seen.
-        after["seconds"] = (time.time() - began) * args.steps / done if done else None
+        after["seconds"] = seconds
         print_table(before, after)
         write_text(out / "judged.json", json.dumps({**after, "before": before}, indent=1))
 
@@ -948,8 +950,8 @@ def add_method_flags(add):
     add("--ramp", type=interval, metavar="A:B", help="steps in which that weight grows from 0")
     add("--lazy", type=whole(1), help="L_adv and D every n-th step")
     add("--unroll", type=whole(0), help="K, unrolled DDIM steps")
-    add("--unroll-grad", choices=["first", "each", "full"], default="first",
-        help="the estimates that carry gradient (default first)")
+    add("--unroll-grad", choices=["first", "each", "full"],
+        help="the estimates that carry gradient")
     add("--ddim-steps", type=whole(1, 1000), default=25, help="of chain and pictures (default 25)")
     add("--t-max", type=whole(1, 1000), default=1000, help="chains start below it (default 1000)")
     add("--lr", type=number(0, exclusive=True), help="the adapter's, AdamW")

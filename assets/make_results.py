@@ -29,7 +29,7 @@ STARTS = {
     "t2i": "--adapter t2i --discriminator none --lr 1e-3 --steps 1500",
     "oft": "--adapter oft --discriminator none --lr 1e-3 --steps 1500",
 }
-NOISE = "--discriminator none --steps 800"  # as long as ALDM's 300 take
+NOISE = "--discriminator none --steps 800"  # as long as ALDM's 250 take
 TABLES = {  # name -> title, {row: flags}; START/x is the adapter x of STARTS
     "main": ("Noise loss and ALDM for the same time, both from the shipped ControlNet", {
         "noise loss": NOISE,
@@ -44,8 +44,8 @@ TABLES = {  # name -> title, {row: flags}; START/x is the adapter x of STARTS
         "K = 3 (default)": "",
         "K = 9": "--unroll 9"}),
     "gradient": ("Where the gradient flows in the unrolled steps", {
-        "`first` (default)": "",
-        "`each`": "--unroll-grad each",
+        "`first`": "--unroll-grad first",
+        "`each` (default)": "",
         "`full`": "--unroll-grad full"}),
     "discriminator": ("The discriminator", {
         "trained (default)": "",
@@ -60,8 +60,8 @@ TABLES = {  # name -> title, {row: flags}; START/x is the adapter x of STARTS
         "fake weight 0.001": "--fake-weight 0.001"}),
     "long": ("Four times as long: does the noise loss catch up?", {
         "noise loss": "--discriminator none --steps 3200",
-        "ALDM, a slow discriminator": "--steps 1200 --lr-d 5e-5",
-        "ALDM, a slower one": "--steps 1200 --lr-d 3e-5"}),
+        "ALDM, a slow discriminator": "--steps 1000 --lr-d 5e-5",
+        "ALDM, a slower one": "--steps 1000 --lr-d 3e-5"}),
 }
 WEATHER = ("a street at night", "a street in fog", "a street in snow", "a street in rain")
 

@@ -4,7 +4,7 @@
     Schedule                        x_t, x0_hat and DDIM steps
     ALDM                            frozen Stable Diffusion + adapter: eps_theta, sampling
     unrolled_adversarial_loss       Sec. 3.1 and 3.2: L_adv over K unrolled steps
-    load_weights                    the files of the field
+    load_weights                    weights in the usual formats
 """
 import ctypes
 import json
@@ -42,6 +42,7 @@ class Preset:
     size: int           # pixels of a training image's side
     hint_average: bool  # a cell of the class hint: the mean of its pixels' classes, or its first's
     whiten: bool        # spread the class embeddings, which a small text tower hardly tells apart
+    guidance: float     # scale of sampling, where none is given
 
     @property
     def multiple(self):
@@ -57,7 +58,8 @@ PRESETS = {
         hint_widths=(768, 512, 256),
         size=512,
         hint_average=False,  # as the official code
-        whiten=False),
+        whiten=False,
+        guidance=7.5),
     "toy": Preset(  # 64x64 images, 16x16 latents of 16 channels
         unet=UNetConfig(in_channels=16, out_channels=16, model_channels=32, channel_mult=(2, 2, 3),
                         attention_resolutions=(2,), num_heads=4, context_dim=96, groups=8),
@@ -68,7 +70,8 @@ PRESETS = {
         hint_widths=(64, 48, 32),
         size=64,
         hint_average=True,  # keeps poles that are one pixel wide
-        whiten=True),
+        whiten=True,
+        guidance=5.0),
 }
 
 JUDGE = dict(layers=(1, 1, 1, 1), width=8, fpn_dim=24, stem_stride=1)  # the toy's own judge
@@ -326,7 +329,7 @@ class ALDM(nn.Module):
         attends to the words of its own class. -> context [B,77,C], mask [B,77,h,w] bool
 
         Nothing here waits for the GPU: of all class tokens those of the layout's classes are sorted
-        to the front, END behind them, and the first 75 are taken.
+        to the front, END after them, and the first 75 are taken.
         """
         present = torch.zeros(len(label), 256, dtype=torch.bool, device=label.device)
         present.scatter_(1, label.flatten(1), True)
@@ -349,14 +352,12 @@ class ALDM(nn.Module):
         """
         context = text if torch.is_tensor(text) else self.text.encode(text)
         layout = self.encode_layout(layout) if torch.is_tensor(layout) else layout
-        if "context" in layout:  # FreestyleNet's takes the place of the prompts
-            eps = self.unet(x_t, t, layout["context"], mask=layout["mask"])
-        elif "hint" in layout:
+        context = layout.get("context", context)  # FreestyleNet's takes the prompts' place
+        control = None
+        if "hint" in layout:
             control = self.adapter.residuals(x_t, t, context, layout["hint"])
-            eps = self.unet(x_t, t, context, control)
-        else:
-            eps = self.unet(x_t, t, context, features=layout["features"])
-        return eps.float()
+        features, mask = layout.get("features"), layout.get("mask")
+        return self.unet(x_t, t, context, control, features, mask).float()
 
     @torch.no_grad()
     def sample(self, label, context, uncond, steps, cfg, noise, eta=0.0, on_step=None):
@@ -442,7 +443,7 @@ def unrolled_adversarial_loss(model, discriminator, x_t, eps, start, timesteps, 
 SD_FILE = "v1-5-pruned-emaonly.safetensors"
 SD_REPOS = ("stable-diffusion-v1-5/stable-diffusion-v1-5",
             "runwayml/stable-diffusion-v1-5")  # its old name, in older caches
-WANTED = ("wanted is Stable Diffusion 1.x (a .safetensors or .ckpt file, or diffusers' folder), "
+WANTED = ("expected is Stable Diffusion 1.x (a .safetensors or .ckpt file, or diffusers' folder), "
           "or an adapter for it")
 
 # How names in a file begin, and the part that they belong to; the first that fits. What follows
@@ -477,7 +478,7 @@ SINGLE_PARTS = {
     "conv_last.": "segmenter.decoder.",
 }
 
-# What files hold beside the weights; the last two are of mit-semseg's synchronised batch norm.
+# What files hold besides the weights; the last two are of mit-semseg's synchronised batch norm.
 PASSED_OVER = re.compile(r"position_ids$|text_projection|loss\.|_tmp_running_|_running_iter$")
 
 
@@ -550,8 +551,8 @@ NAMES = {"unet": UNET_NAMES, "control": UNET_NAMES, "vae": VAE_NAMES, "adapter":
          "text": TEXT_NAMES}
 
 # What is known of an adapter, or of a segmenter of ours; None where its file does not say.
-META = ("preset", "dataset", "names", "palette", "adapter", "hint", "hint_colors", "step",
-        "normalize")
+META = ("preset", "dataset", "names", "palette", "file_ids", "void", "adapter", "hint",
+        "hint_colors", "step", "normalize")
 
 # The segmenter's only layer that depends on the classes, and what its number of outputs tells.
 LAST = "decoder.conv_last.1.weight", "decoder.conv_last.1.bias"
@@ -710,7 +711,7 @@ def read_parts(path):
 
 
 def load_weights(path):
-    """Any file of the field, or diffusers' folder -> {part: {name: tensor}}, the tensors as they
+    """A file in a usual format, or diffusers' folder -> {part: {name: tensor}}, the tensors as they
     are in the file, memory-mapped. Parts: unet, vae, text, control, segmenter, adapter (T2I, OFT);
     in our own files also layout, judge, domain. InputError if it is something else."""
     return read_parts(path)[0]
@@ -786,13 +787,14 @@ def read_adapter(path):
     """What --init, --adapter and --ckpt accept -> meta, {part: state dict}, the adapter's part also
     under "adapter".
 
-    Our adapter.safetensors, a checkpoint_*.pt of train.py, or the folder with these (its newest
-    adapter, else its newest checkpoint): meta is what was saved with it, and parts["layout"] has
+    Our adapter.safetensors, a checkpoint_*.pt of train.py, or the folder with these (of several the
+    furthest adapter, of checkpoints alone the furthest): meta is what was saved with it, and parts["layout"] has
     the class embeddings ("table"). Files of official ALDM, ControlNet and T2I-Adapter, in SD's or
     diffusers' names, have no "layout"; their meta has the same keys, META."""
-    found = list(Path(path).glob("adapter*.safetensors"))
-    found = found or list(Path(path).glob("checkpoint_*.pt"))
-    path = max(found, key=os.path.getmtime, default=path)
+    folder = Path(path)
+    found = [*sorted(folder.glob("checkpoint_*.pt")), *sorted(folder.glob("adapter_*.safetensors")),
+             *folder.glob("adapter.safetensors")]
+    path = found[-1] if found else path
     parts, meta = read_parts(path)
     if not meta.get("adapter"):
         meta = describe_foreign_adapter(path, parts)
@@ -827,20 +829,20 @@ def load_class_embeddings(path, classes, text=None):
     null_embedding.pth beside the file, else the one that the text encoder `text` computes."""
     table = read_file(path)[0]
     beside = Path(path).with_name("null_embedding.pth")
-    null = read_file(beside)[0] if beside.exists() else text.class_table([])
+    null = read_file(beside)[0] if beside.exists() else text.class_table([]).cpu()
     found = list(table.shape) if torch.is_tensor(table) else []
     wanted = [len(classes.names), null.shape[1]]
     if found != wanted:
         raise InputError(f"{path}: holds {found}, but {classes.key} wants {wanted}; give the file "
                          "of this dataset, or none: the text encoder computes them")
-    table = torch.cat([table, null]).float().cpu()
+    table = torch.cat([table, null]).float()
     check_finite({"the table": table}, path)
     return table
 
 
 def match_outputs(classes, ours, names, theirs):
     """Which output of a segmenter of the classes `names`, with `theirs` outputs, each of `ours` for
-    `classes` starts from -> {our output: its}. The one behind the classes is "fake"."""
+    `classes` starts from -> {our output: its}. The one after the classes is "fake"."""
     if names == classes.names:  # by number: ADE20K has two classes named screen
         return {i: i for i in range(min(ours, theirs))}
     wanted = classes.names
@@ -892,25 +894,6 @@ def load_segmenter(files, segmenter, classes, meta=None):
 # networks -> files
 
 
-def check_target(path):
-    """InputError if no file can be written at `path`: for command lines, before the work."""
-    path = Path(path)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: must be a file in a folder that is there and may be written to")
-
-
-def remove_leftovers(folder):
-    """Remove the half-written files of `atomic` in a folder whose processes were killed."""
-    for path in Path(folder).glob(".[0-9]*.*"):
-        process = path.name.split(".")[1]
-        try:
-            os.kill(int(process), 0)  # only asks whether the process lives
-        except ProcessLookupError:
-            path.unlink(missing_ok=True)
-        except (ValueError, PermissionError):
-            pass  # not one of these; somebody else's, who is still writing
-
-
 def save_tensors(path, tensors, metadata):
     """A safetensors file; the values of `metadata` as JSON."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -922,7 +905,7 @@ def save_tensors(path, tensors, metadata):
 
 
 def save_adapter(path, model, meta, dtype=None):
-    """adapter.safetensors: all that one needs beside the base model, in names that other tools
+    """adapter.safetensors: all that one needs besides the base model, in names that other tools
     read: control_model.* (ControlNet), conv_in and body.* (T2I-Adapter), adapter.* (OFT) or
     model.diffusion_model.* (Freestyle). dtype: of the stored weights, e.g. torch.bfloat16 (None:
     as they are); the class table stays fp32."""

@@ -1047,6 +1047,8 @@ def find_pairs(data, root, split):
         if not found:
             raise InputError(f"{data}: no {split} files {root}/{places[0]}.png: {source}")
         results.append(found)
+    if "images/*" in patterns[0] and split == "val" and not Path(root, "images", split).is_dir():
+        print(f"{root}: without images/val, val are the training's images", file=sys.stderr)
     return results
 
 
@@ -1193,7 +1195,7 @@ def atomic(path):
     """Yields a temporary path beside `path`: what is written there takes the place of `path` once
     all of it is on the disk. If anything fails it is removed, and `path` is as it was."""
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(f".{os.getpid()}.{path.name}.part")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -1202,6 +1204,25 @@ def atomic(path):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(folder):
+    """Remove the half-written files of `atomic` in a folder whose processes were killed."""
+    for path in Path(folder).glob(".[0-9]*.part"):
+        process = path.name.split(".")[1]
+        try:
+            os.kill(int(process), 0)  # only asks whether the process lives
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except (ValueError, OverflowError, PermissionError):
+            pass  # not one of these; somebody else's, who is still writing
+
+
+def check_target(path):
+    """InputError if no file can be written at `path`: for command lines, before the work."""
+    path = Path(path)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: must be a file in a folder that is there and may be written to")
 
 
 def write_png(path, image):

@@ -140,8 +140,8 @@ class UperNetHead(nn.Module):
 class UperNet(nn.Module):
     """image [B,3,H,W] in [-1,1] -> logits [B,num_classes,H,W].
 
-    normalize   True: the network sees images on ImageNet's mean and standard deviation, as those
-                do that start from mit-semseg's files; False: it sees [-1,1] as it is
+    normalize   True: the network sees images on ImageNet's mean and standard deviation, as
+                networks do that start from mit-semseg's weights; False: it sees [-1,1] as it is
     """
 
     def __init__(self, num_classes, layers=(3, 4, 23, 3), width=64, fpn_dim=256, stem_stride=4):

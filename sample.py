@@ -44,19 +44,18 @@ from PIL import Image, ImageDraw
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from aldm import (ALDM, JUDGE, PRESETS, base_file, check_target, load_class_embeddings, load_frozen,
-                  load_into, load_segmenter, load_weights, pick_device, read_adapter, read_parts,
-                  remove_leftovers)
-from data import (ASSETS, DOMAINS, IGNORE, PHRASES, Classes, InputError, class_table, classes_text,
-                  colorize, compose_caption, find_images, open_dataset, read_captions, read_layout,
-                  refuse, toy_scene, write_png, write_text)
+from aldm import (ALDM, JUDGE, PRESETS, base_file, load_class_embeddings, load_frozen, load_into,
+                  load_segmenter, load_weights, pick_device, read_adapter, read_parts)
+from data import (ASSETS, DOMAINS, IGNORE, PHRASES, Classes, InputError, check_target, class_table,
+                  classes_text, colorize, compose_caption, find_images, open_dataset, read_captions,
+                  read_layout, refuse, remove_leftovers, toy_scene, write_png, write_text)
 from discriminator import Classifier, UperNet, confusion_matrix, mean_iou
 from unet import OFT
 
 ADAPTER = ASSETS / "toy_aldm.safetensors"
 CLIP = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
-WEATHER = ("{caption}, night scene", "{caption}, snowy scene", "{caption}, foggy scene",
-           "{caption}, rainy scene")  # what --evaluate asks for, as the authors do
+EDITS = ("{caption}, night scene", "{caption}, snowy scene", "{caption}, foggy scene",
+         "{caption}, rainy scene")  # what --evaluate asks for, as the authors do
 
 
 # -- the model -------------------------------------------------------------------------------------
@@ -113,21 +112,15 @@ def classes_of(meta, path, data=None):
     if key is None:
         raise InputError(f"{path}: does not say of which dataset it is: name it with --data")
     if not data and names and key not in ("toy", "cityscapes", "ade20k", "coco"):
-        file_ids = np.full(256, -1, np.int16)  # a folder's: the ids are the classes
-        file_ids[:len(names)] = np.arange(len(names))
-        file_ids[IGNORE] = IGNORE
-        palette, black = np.array(meta["palette"], np.uint8), np.zeros((1, 3), np.uint8)
-        return Classes(key, names, palette, (None,) * len(names), file_ids, black)
+        file_ids = meta["file_ids"] or [*range(len(names)), *[-1] * (IGNORE - len(names)), IGNORE]
+        palette = np.array(meta["palette"], np.uint8)
+        void = np.array(meta["void"] or [(0, 0, 0)], np.uint8)
+        return Classes(key, names, palette, (None,) * len(names), np.int16(file_ids), void)
     classes = class_table(key)
     if names and classes.names != names:
         raise InputError(f"{path}: is of the {len(names)} classes of {meta['dataset']}, not of the "
                          f"{len(classes.names)} of {key}")
     return classes
-
-
-def default_guidance(preset):
-    """The guidance scale where none is given."""
-    return 5.0 if preset == PRESETS["toy"] else 7.5
 
 
 @torch.no_grad()
@@ -142,8 +135,7 @@ def generate(model, labels, prompts, seeds, negative="", steps=25, cfg=None, eta
     """
     device = model.device
     preset = model.preset
-    if cfg is None:
-        cfg = default_guidance(preset)
+    cfg = preset.guidance if cfg is None else cfg
     if eta:
         batch = 1  # stochastic steps draw from the global stream: make it that of one seed
     H, W = labels.shape[1:]
@@ -285,16 +277,21 @@ def sample_layout(args, model):
     out = make_folder(args.out)
     stem = Path(args.layout).stem
     seeds = range(args.seed, args.seed + args.n)
-    with tqdm(desc="DDIM steps") as bar:
-        images = generate(model, label.expand(args.n, -1, -1), [args.prompt] * args.n, seeds,
-                          **sampling(args), on_step=lambda i, x0_hat: bar.update())
-    for seed, image in zip(seeds, images):
-        write_png(out / f"{stem}_{seed}.png", image)
+    images = []
+    calls = args.n if args.eta else math.ceil(args.n / args.batch)
+    with tqdm(desc="DDIM steps", total=calls * args.steps) as bar:
+        for i in range(0, args.n, args.batch):  # written as they come
+            group = seeds[i:i + args.batch]
+            images += [*generate(model, label.expand(len(group), -1, -1),
+                                 [args.prompt] * len(group), group, **sampling(args),
+                                 on_step=lambda i, x0_hat: bar.update())]
+            for seed, image in zip(group, images[i:]):
+                write_png(out / f"{stem}_{seed}.png", image)
     row = [np.asarray(colorize(label, model.classes)), *images]
     titles = ["layout", *(f"seed {seed}" for seed in seeds)]
     path = out / f"{stem}_{args.seed}_grid.png"
     write_png(path, grid([row], titles))
-    print(f"{args.n} images, and beside their layout in {path}")
+    print(f"images in {out}, and beside their layout in {path}")
 
 
 # -- a whole data set ------------------------------------------------------------------------------
@@ -302,11 +299,12 @@ def sample_layout(args, model):
 
 def open_split(args, model, split):
     """A split of --data, at the size of the training."""
-    if args.root and model.classes.key == "toy":
-        raise InputError("--root: the toy has no files")
+    if (args.root or args.captions) and model.classes.key == "toy":
+        raise InputError("--root and --captions: the toy world has no files")
     size = args.size or model.preset.size
     key = args.data or model.classes.key
-    return open_dataset(key, args.root, split, size, grid=model.preset.vae.factor)
+    return open_dataset(key, args.root, split, size, captions=args.captions,
+                        grid=model.preset.vae.factor, skip_broken=args.skip_broken)
 
 
 def load_picture(dataset, i):
@@ -336,9 +334,10 @@ def open_layouts(args, model):
     files = find_images(folder)[:args.limit]
     if not files:
         raise InputError(f"--layouts {folder}: no .png in there")
-    if Path(args.out).resolve() in (place.resolve(), folder.resolve()):
+    out = Path(args.out).resolve()
+    if {out, out / "labels"} & {place.resolve(), folder.resolve()}:
         raise InputError(f"--out {args.out}: the layouts are there: choose another folder")
-    captions = read_captions(place, "")
+    captions = read_captions(place, "", args.captions)
     layouts = {}
     for file in files:
         load = partial(load_layout, file, captions.get(file.stem), model, args.size)
@@ -369,18 +368,22 @@ def add_captions(out, new):
 
 
 def open_output(args, classes):
-    """The folder --out of --layouts. Images of another seed, prompt or adapter stay by themselves:
-    InputError."""
+    """The folder --out of --layouts. InputError where it holds other data, or images of another
+    adapter or of other flags."""
     out = make_folder(args.out)
-    for folder in (out, make_folder(out / "images"), make_folder(out / "labels")):
-        remove_leftovers(folder)
     path = out / "made.json"
-    settings = dict(adapter=Path(args.ckpt).name, seed=args.seed, prompts=args.prompts)
+    settings = dict(sampling(args), adapter=str(args.ckpt), seed=args.seed, prompts=args.prompts,
+                    size=args.size)
+    del settings["batch"]
     if path.exists():
         made = json.loads(path.read_text("utf-8"))
         if made != settings:
             raise InputError(f"{out}: its images were made with {made}: choose another --out")
+    elif (out / "images").exists() or (out / "classes.txt").exists():
+        raise InputError(f"{out}: holds other images: choose another --out")
     write_text(path, json.dumps(settings, indent=1))
+    for folder in (out, make_folder(out / "images"), make_folder(out / "labels")):
+        remove_leftovers(folder)
     write_text(out / "classes.txt", classes_text(classes))
     return out
 
@@ -644,11 +647,15 @@ def load_judge(files, preset, classes):
     return judge.eval(), unjudged
 
 
+def is_toy(model):
+    return model.preset == PRESETS["toy"] and model.classes.names == class_table("toy").names
+
+
 def choose_judges(args, model):
     """--judge, --prompts, and what there is on this machine -> those arguments of `evaluate` that
     judge, by name."""
     chosen = {}
-    if model.preset == PRESETS["toy"] and model.classes.names == class_table("toy").names:
+    if is_toy(model):
         parts = load_weights(args.sd or base_file("toy"))
         chosen["judge"], chosen["classifier"] = toy_judges(parts, model.device)
     if args.judge:
@@ -660,15 +667,15 @@ def choose_judges(args, model):
     path = try_to_load_from_cache(CLIP, "open_clip_model.safetensors")
     if not isinstance(path, str):
         missing = f"{CLIP} is not in the Hugging Face cache"
-        if args.features == "clip":
-            raise InputError(f"--features clip: {missing}")
+        if args.features == "clip" or args.prompts:
+            raise InputError(f"--features clip, --prompts: {missing}")
         note(f"{missing}: its figures are left out")
         return chosen
     chosen["clip"] = Clip(path, model.device)
     if args.features == "clip":
         chosen["features"] = chosen["clip"].encode_images
     if args.prompts or "classifier" not in chosen:
-        prompts = args.prompts or WEATHER
+        prompts = args.prompts or EDITS
         targets = [prompt.replace("{caption}", "").strip(" ,") or prompt for prompt in prompts]
         chosen |= dict(targets=targets, classifier=partial(chosen["clip"], texts=targets),
                        edit=partial(prompt_edit, prompts))
@@ -837,7 +844,7 @@ class PageHandler(BaseHTTPRequestHandler):
         hosts = f"127.0.0.1:{port}", f"localhost:{port}"
         origins = None, f"http://{hosts[0]}", f"http://{hosts[1]}"
         if self.headers["Host"] not in hosts or self.headers["Origin"] not in origins:
-            raise InputError(f"only for {origins[1]} (a forwarded port keeps its number)")
+            raise InputError(f"only for {origins[1]} (of a forwarded port, both ends need the same number)")
 
     def do_GET(self):
         try:
@@ -893,7 +900,7 @@ class PageHandler(BaseHTTPRequestHandler):
         self.send(image=base64_png(image), done=True, seconds=time.time() - start)
 
 
-def painter(model, port=8000, examples=(), prompts=(), steps=25, cfg=2.0):
+def painter(model, port, examples, prompts, steps, cfg):
     """The page's server, for this machine only. examples: labels [H,W] of one size, whose classes
     are offered first; without any, the canvas is the preset's square."""
     height, width = examples[0].shape if examples else (model.preset.size,) * 2
@@ -909,10 +916,11 @@ def painter(model, port=8000, examples=(), prompts=(), steps=25, cfg=2.0):
 
 def serve(args, model):
     """--serve: the page, until Ctrl+C."""
-    examples = []
-    if model.preset == PRESETS["toy"]:
+    examples, prompts = [], []
+    if is_toy(model):
         examples = [toy_scene(10_000_001 + i)[1] for i in range(12)]
-    prompts = "a street on a clear day", "a street at night", "a street in snow"
+    if model.classes.key in ("toy", "cityscapes"):
+        prompts = ["a street on a clear day", "a street at night", "a street in snow"]
     try:
         server = painter(model, args.port, examples, prompts, args.steps, args.cfg)
     except OSError as error:
@@ -967,8 +975,9 @@ def parse_args(argv=None):
     p.error = refuse
     mode = p.add_mutually_exclusive_group(required=True)
     mode.add_argument("--layout", metavar="FILE", help="a label map: ids or colours, PNG")
-    mode.add_argument("--layouts", metavar="DIR|SPLIT", help="make a data set of such layouts")
-    mode.add_argument("--evaluate", action="store_true", help="how good is --split of --data?")
+    mode.add_argument("--layouts", metavar="DIR|SPLIT", help="make a labelled data set of a folder of "
+        "layouts, or of a split of --data")
+    mode.add_argument("--evaluate", action="store_true", help="judge images of --split's layouts")
     mode.add_argument("--serve", action="store_true", help="a page to paint layouts on")
     mode.add_argument("--bench", action="store_true", help="how fast is sampling?")
     add = p.add_argument
@@ -978,11 +987,13 @@ def parse_args(argv=None):
         "is its own (default: {caption}). Of --evaluate: what edited prompts ask for")
     add("--ckpt", "--adapter", default=ADAPTER, help="an adapter, or a run's folder")
     add("--sd", metavar="FILE", help="Stable Diffusion 1.x (default: downloaded; toy: in assets/)")
-    add("--preset", choices=list(PRESETS), help="refuse an adapter of another one")
+    add("--preset", choices=list(PRESETS), help="refuse adapters of any other")
     add("--class-embeddings", metavar="FILE", help="what an official adapter was trained with")
     add("--data", help="toy (or toy:night, ...), cityscapes, ade20k, coco or a folder (default: "
         "the adapter's)")
     add("--root", metavar="DIR", help="where the files of --data are")
+    add("--captions", metavar="FILE", help="JSON, name -> caption, as train.py's")
+    add("--skip-broken", action="store_true", help="leave out the pairs that the check names")
     add("--split", default="val", help="of --evaluate (val)")
     add("--limit", type=number(1, kind=int), help="only the first so many layouts")
     add("--shard", type=shard, default=(0, 1), metavar="i/n", help="each n-th layout from the i-th "
@@ -990,13 +1001,13 @@ def parse_args(argv=None):
     add("--out", metavar="DIR", default="samples", help="(samples)")
     add("--json", metavar="FILE", help="of --evaluate (default: evaluation.json in --out)")
     add("--n", type=number(1, kind=int), help="images per layout (default: 1; --evaluate: 2)")
-    add("--seed", type=number(0, 2 ** 32, int), default=0)
+    add("--seed", type=number(0, 2 ** 32 - 1, int), default=0, help="of the first image (0)")
     add("--steps", type=number(1, 1000, int), default=25, help="of DDIM (25)")
     add("--cfg", type=number(0), help="guidance scale, 1 for none (toy: 5, sd15: 7.5)")
     add("--eta", type=number(0, 1), default=0.0, help="0: deterministic, 1: as noisy as DDPM")
-    add("--size", type=number(0, kind=int), help="shorter side in pixels; 0: the layout's "
+    add("--size", type=number(0, kind=int), help="shorter side in pixels; of files, 0: as it is "
         "(default: at most the training size)")
-    add("--batch", type=number(1, kind=int), default=8)
+    add("--batch", type=number(1, kind=int), default=8, help="images at a time (8)")
     add("--judge", nargs="+", metavar="FILE", help="segmenter that judges: one of train.py's, or "
         "mit-semseg's encoder and decoder")
     add("--features", choices=["judge", "clip"], default="judge", help="of the Frechet distance")
@@ -1007,6 +1018,10 @@ def parse_args(argv=None):
         args.n = 2 if args.evaluate else 1
     if args.layouts and not args.prompts:
         args.prompts = ["{caption}"]
+    if args.prompts and not (args.layouts or args.evaluate):
+        refuse("--prompts: is of --layouts and --evaluate: give --prompt")
+    if args.prompt and (args.layouts or args.evaluate):
+        refuse("--prompt: is of --layout: give --prompts")
     if args.layout and not Path(args.layout).is_file():  # said before large files are read
         refuse(f"{args.layout}: there is no such file")
     return args
@@ -1020,7 +1035,7 @@ def open_model(args):
     if args.preset and model.preset != PRESETS[args.preset]:
         raise InputError(f"{args.ckpt}: is not of the {args.preset} preset")
     if args.cfg is None:
-        args.cfg = default_guidance(model.preset)
+        args.cfg = model.preset.guidance
     for prompt in [args.prompt, args.negative, *(args.prompts or [])]:
         cut = model.text.cut(prompt)
         if cut:

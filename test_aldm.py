@@ -400,7 +400,7 @@ def test_guidance_is_one_batch_of_two(scene):
 
 TINY = Preset(UNetConfig(model_channels=16, num_heads=4, context_dim=64, groups=16), VAEConfig(ch=16, groups=16),
               dict(width=64, layers=2, heads=4), dict(layers=(1, 1, 2, 1), width=8, fpn_dim=16), (64, 48, 32), 512,
-              hint_average=False, whiten=False)
+              hint_average=False, whiten=False, guidance=7.5)
 SD_PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
              "text": "cond_stage_model.transformer.text_model.", "control": "control_model."}
 WEIGHT, BIAS = "decoder.conv_last.1.weight", "decoder.conv_last.1.bias"
@@ -647,8 +647,9 @@ def test_classes_start_from_a_segmenter_by_their_names(tmp_path, names, ours, th
 
 def adapter_meta(kind, hint="classes"):
     classes = class_table("toy")
-    return dict(preset="toy", dataset="toy", names=list(classes.names), palette=classes.palette.tolist(), adapter=kind,
-                hint=hint, hint_colors=None, step=12, normalize=False, format="aldm-adapter")
+    return dict(preset="toy", dataset="toy", names=list(classes.names), palette=classes.palette.tolist(),
+                file_ids=classes.file_ids.tolist(), void=classes.void.tolist(), adapter=kind, hint=hint,
+                hint_colors=None, step=12, normalize=False, format="aldm-adapter")
 
 
 @pytest.mark.parametrize("kind, hint", ADAPTERS)
@@ -734,7 +735,7 @@ def test_file_of_class_embeddings(tmp_path):
 
 
 @pytest.mark.parametrize("rest, changes, words", [          # with or without the rest of a Stable Diffusion file
-    (False, {"unet.lora_A.weight": T}, ["known here (unet.lora_A", "wanted is Stable Diffusion 1.x"]),
+    (False, {"unet.lora_A.weight": T}, ["known here (unet.lora_A", "expected is Stable Diffusion 1.x"]),
     (False, {SD_PREFIX["unet"] + "out.2.bias": T, SD_PREFIX["vae"] + "decoder.conv_out.bias": T,
              "conditioner.embedders.0.x": T}, ["holds no text", "wanted"]),     # Stable Diffusion XL
     (True, {SD_PREFIX["unet"] + "input_blocks.0.0.weight": torch.zeros(16, 9, 3, 3)},
@@ -1595,15 +1596,41 @@ def test_dataset_is_resumable_and_trains(cli, tmp_path):
     # what is missing comes back the same, also without shards; what is there is not touched, what a kill left goes
     before, times = pictures(made / "images"), {p: p.stat().st_mtime_ns for p in made.glob("*/*.png")}
     (made / "images" / "street1_0_0.png").unlink()
-    left = made / "labels" / ".999999999.a.png"
+    left = made / "labels" / ".999999999.a.png.part"
     left.write_text("half")
     assert "1 new images" in cli(*make)[1] and not left.exists()
     assert sum(p.stat().st_mtime_ns != t for p, t in times.items()) == 2
     after = pictures(made / "images")
     assert before.keys() == after.keys() and all(alike(before[name], after[name]) for name in before)
-    for flags, word in ((["--prompts", "day"], "night scene"), (["--seed", 1], "'seed': 0")):
+    for flags, word in ((["--prompts", "day"], "night scene"), (["--seed", 1], "'seed': 0"), (["--cfg", 2], "'cfg': 1"),
+                        (["--out", "in"], "the layouts are there")):
         code, out, err = cli(*make, *flags)
         assert code == 2 and word in err and len(err.splitlines()) == 1
+
+
+def test_an_adapter_knows_the_ids_of_its_folder(tmp_path):
+    """Ids without a class, too, and the colours of void."""
+    write_toy(tmp_path, "path", length=1)
+    (tmp_path / "classes.txt").write_text("void 9 9 9\nroad 1 2 3\nvoid\nsky 4 5 6\n")
+    folder = class_table(tmp_path)
+    train.save_adapter(tmp_path / "a.safetensors", tiny_model(), dict(
+        preset="toy", adapter="controlnet", hint="classes", dataset=str(tmp_path), names=folder.names,
+        palette=folder.palette, file_ids=folder.file_ids, void=folder.void))
+    found = sample.classes_of(read_adapter(tmp_path / "a.safetensors")[0], "")
+    for name in ("names", "palette", "file_ids", "void"):
+        assert np.array_equal(getattr(found, name), getattr(folder, name))
+
+
+def test_the_adapter_of_a_folder(tmp_path):
+    """The furthest, whatever the files' times; the last one's name has no number."""
+    for name, step in (("adapter", 25), ("adapter_0000020", 20), ("adapter_0000010", 10)):
+        shutil.copy(sample.ADAPTER, tmp_path / f"{name}.safetensors")
+        os.utime(tmp_path / f"{name}.safetensors", (step, -step % 40))
+    for name in ("adapter", "adapter_0000020", "adapter_0000010"):
+        with mock.patch("aldm.read_parts", side_effect=InputError) as read, pytest.raises(InputError):
+            read_adapter(tmp_path)
+        assert read.call_args.args[0].name == f"{name}.safetensors"
+        (tmp_path / f"{name}.safetensors").unlink()
 
 
 def test_evaluate_writes_figures_and_images(cli, tmp_path, monkeypatch):
@@ -1665,13 +1692,17 @@ def test_ctrl_c_is_no_traceback(cli, monkeypatch):
     ("--evaluate --json empty", "folder"), ("--layout ok.png --out text.png", "text.png"),
     ("--layout no.png", "no.png"), ("--layout text.png", "text.png"), ("--layouts test", "splits"),
     ("--layouts empty", "no .png"), ("--layouts broken", "bad.png"), ("--layouts whole --out whole", "--out"),
+    ("--layouts val --out own", "other images"), ("--layouts val --prompt night", "--prompts"),
+    ("--layout ok.png --prompts night", "give --prompt"), ("--evaluate --captions ok.png", "--captions"),
+    ("--evaluate --prompts night", "Hugging Face cache"),
     ("--layout ok.png --ckpt no.safetensors", "no.safetensors"), ("--layout ok.png --preset sd15", "sd15"),
     ("--layout ok.png --sd ADAPTER", "unet"), ("--layout ok.png --class-embeddings text.png", "text.png"),
     ("--layout ok.png --data ade20k", "150"), ("--layout ok.png --data toy --ckpt other.safetensors", "elsewhere"),
     ("--evaluate --ckpt other.safetensors --data own", "--judge"),
     ("--evaluate --judge ADAPTER", "toy_aldm.safetensors")])
 def test_bad_input_is_one_line(flags, word, cli, tmp_path):
-    for name in ("ok.png", "whole/a.png", "own/labels/a.png", "own/images/a.png", "broken/bad.png", "empty/a.txt"):
+    for name in ("ok.png", "whole/a.png", "own/labels/val/a.png", "own/images/val/a.png", "broken/bad.png",
+                 "empty/a.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".png"):
             Image.new("RGB" if "images" in name else "L", (64, 64), 200 if "bad" in name else 0).save(tmp_path / name)
@@ -1695,7 +1726,7 @@ LABEL = toy_scene(3)[1]
 
 @pytest.fixture(scope="module")
 def server(toy_model):
-    server = painter(toy_model, 0, [LABEL], ["a street at night", "</script><b>"], steps=4)
+    server = painter(toy_model, 0, [LABEL], ["a street at night", "</script><b>"], steps=4, cfg=2.0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -1911,7 +1942,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(flags, train_cli, tmp_pa
     run_.kill()                                                         # in the midst of writing the first checkpoint
     assert any("step 0" in line for line in end(run_, -signal.SIGKILL)) and rows(out) == 2
     for left in ("checkpoint_0000002.pt", "step_0000003.png", "adapter.safetensors"):
-        (out / f".999999999.{left}").write_text("half")
+        (out / f".999999999.{left}.part").write_text("half")
 
     run_ = start(*flags, "--out", out, "--resume")
     until(run_, lambda: rows(out) == 3)
@@ -2031,6 +2062,19 @@ def test_a_damaged_checkpoint(damage, tmp_path, capsys):
         path.write_bytes(damage(path.read_bytes().replace(b"\0\0\x40\x40", b"\0\0\x80\x40")))
     with pytest.raises(InputError, match="no checkpoint is whole"):
         little_run(tmp_path, resume=True)
+
+
+def test_what_is_kept_beside_a_damaged_checkpoint(tmp_path):
+    """A damaged one that is further on does not take the place of a good one, nor a step's row in the log."""
+    little_run(tmp_path, save_every=2)
+    (tmp_path / "checkpoint_0000004.pt").write_bytes(b"")
+
+    def one_more(first):
+        yield first
+        raise InputError("an image is gone")
+    with pytest.raises(train.Stopped, match="an image is gone.*checkpoint_0000004"):
+        little_run(tmp_path, 9, save_every=9, keep=1, resume=True, stream=one_more)
+    assert saved_steps(tmp_path) == [3, 4] and rows(tmp_path) == 3
 
 
 def test_the_picture_is_drawn_before_the_checkpoint(tmp_path):
@@ -2307,6 +2351,18 @@ def test_the_cache_changes_nothing_but_the_time(toy_world, tmp_path, monkeypatch
     assert content == {path: path.read_bytes() for path in tmp_path.glob("*.*")} and len(content) == 9
 
 
+def test_the_cache_has_all_captions(toy_world, tmp_path):
+    model = tiny_model()
+    for captions, words in (('{"toy_00000000": ["one", "two"]}', ["one", "two"]), ("{}", None)):
+        (tmp_path / "captions.json").write_text(captions)
+        pairs = open_dataset("cityscapes", toy_world / "city", size=64, grid=4, captions=tmp_path / "captions.json")
+        cache = train.Cache(tmp_path / str(words), pairs, model)
+        words = words or [pairs[0]["caption"]]
+        for seed in range(2):
+            context = model.text.encode(words)[seed % len(words)]
+            assert torch.allclose(cache[0, seed]["context"].float(), context, atol=2e-3)
+
+
 # -- the toy's base model, tables, --bench ---------------------------------------------------------
 
 
@@ -2434,7 +2490,7 @@ def peak_memory(flags):
     preset, B, side = PRESETS["sd15"], args.batch, args.size // 8
     with torch.device("meta"):
         unet, vae, text = UNet(preset.unet), VAE(preset.vae), TextEncoder(**preset.text)
-        model = ALDM(preset, unet.bfloat16(), vae, text, class_table("cityscapes"), args.adapter, args.hint,
+        model = ALDM(preset, unet.bfloat16(), vae, text, class_table("cityscapes"), args.adapter, "classes",
                      torch.empty(20, 768)).to("meta")
         D = UperNet(20, **preset.segmenter)
         train.make_fast(model, D, args)
@@ -2644,6 +2700,9 @@ BAD_TRAINING = [     # arguments, words of the one line that says so
     ("--cache CACHE", "CACHE", "another folder"), ("--out TEXT", "TEXT"), ("--out TEXT/out", "TEXT/out"),
     ("--out RUN", "RUN", "--resume"), ("--out RUN --resume --steps 1", "--steps 1"),
     ("--out RUN --resume --adapter t2i", "adapter", "t2i", "RUN"), ("--out RUN --resume --hint color", "hint", "color"),
+    ("--out RUN --resume --train segmenter", "RUN", "another kind of training"),
+    ("--init ADAPTER --hint color", "ADAPTER", "give --hint classes"),
+    ("--adapter t2i --class-embeddings TABLE", "--class-embeddings"),
     ("--out RUN --resume --data FOLDER --root FOLDER", "dataset", "RUN"),
     ("--out EVILRUN --resume", "EVILRUN", "no checkpoint is whole")]
 

@@ -10,7 +10,7 @@ import signal
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 if __name__ == "__main__":
-    for which in SIGNALS:  # until the training begins, they end it without a word
+    for which in SIGNALS:  # until the training begins, they end the program silently
         signal.signal(which, lambda which, _: os._exit(128 + which))
     # Waiting threads soon sleep: spinning, they slow down everything beside them, and themselves.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
@@ -38,12 +38,11 @@ from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from aldm import (ALDM, PRESETS, Schedule, TextEncoder, atomic, check_finite,
-                  load_class_embeddings, load_frozen, load_into, load_segmenter, pick_device,
-                  read_adapter, remove_leftovers, save_adapter, save_tensors,
-                  unrolled_adversarial_loss)
-from data import (ASSETS, IGNORE, InputError, Toy, batches, class_table, colorize, open_dataset,
-                  refuse, write_png, write_text)
+from aldm import (ALDM, PRESETS, Schedule, TextEncoder, check_finite, load_class_embeddings,
+                  load_frozen, load_into, load_segmenter, pick_device, read_adapter, save_adapter,
+                  save_tensors, unrolled_adversarial_loss)
+from data import (ASSETS, IGNORE, InputError, Toy, atomic, batches, class_table, colorize,
+                  open_dataset, refuse, remove_leftovers, write_png, write_text)
 from discriminator import (Bottleneck, UperNet, confusion_matrix, discriminator_loss, mean_iou,
                            segment)
 from sample import (device_name, draw_curves, evaluate, from_pixels, generate, grid, measure,
@@ -96,7 +95,7 @@ def generator_loss(model, discriminator, batch, step, args):
     noise = torch.randn_like(x0)
     if lazy_turn:  # the chain starts on the DDIM subset, with K of its steps still to go
         unroll = args.unroll if adversarial else 0  # before the ramp only D learns
-        last = args.starts_below if adversarial else args.ddim_steps
+        last = args.starts_below if adversarial else args.ddim_steps  # of t < --t-max, or all
         start = torch.randint(unroll, last, (len(x0),), device=x0.device)
         t = timesteps[start]
     else:
@@ -176,7 +175,7 @@ def add_up(losses, parts, n):
 
 
 @torch.no_grad()
-def update(optimizer, losses, clip=None):
+def update(optimizer, losses):
     """Average gradients and losses over the processes and step, unless one of them is not finite.
 
     -> 1.0 where the step was dropped, else 0.0 [scalar]. Nothing here waits for the GPU: the fused
@@ -185,8 +184,6 @@ def update(optimizer, losses, clip=None):
     params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     average([p.grad for p in params] + [*losses.values()])
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-    if clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(params, clip, norm)
     finite = torch.stack([norm, *losses.values()]).isfinite().all()
     optimizer.found_inf = (~finite).float()
     optimizer.step()
@@ -245,7 +242,9 @@ def fit(job, args):
             try:
                 batch = next(stream)
             except InputError as error:  # an image that can no longer be read
-                save_checkpoint(out, job, step, args)
+                if step > first:
+                    log.flush()
+                    save_checkpoint(out, job, step, args)
                 raise Stopped(f"step {step}: {error}")
             for optimizer, rate in job.rates:
                 for group in optimizer.param_groups:
@@ -282,12 +281,14 @@ def save_checkpoint(out, job, step, args):
         content[name] = part.state_dict()
         if isinstance(part, torch.nn.Module):
             check_finite(content[name], f"step {step}: {name}")
-    with atomic(out / f"checkpoint_{step:07d}.pt") as temporary:
+    newest = out / f"checkpoint_{step:07d}.pt"
+    with atomic(newest) as temporary:
         try:
             torch.save(content, temporary)
         except RuntimeError as error:  # so torch reports a full disk
             raise OSError(f"no checkpoint can be written, is the disk full? ({error})") from None
-    for path in checkpoints(out)[:-args.keep]:
+    done = [path for path in checkpoints(out) if path <= newest]  # a damaged one may be further on
+    for path in done[:-args.keep]:
         path.unlink()
     if job.export:
         job.export(step)
@@ -314,6 +315,8 @@ def load_checkpoint(out, job, args):
         return 0
     if damaged:
         note(f"{', '.join(damaged)}: damaged; going back to {path.name}")
+    if not saved.keys() >= job.state.keys():
+        raise InputError(f"{path}: is of another kind of training; choose another --out")
     for key, value in job.meta.items():
         if saved["meta"].get(key) != value:
             raise InputError(f"{path}: its run has {key} {saved['meta'].get(key)!r:.60}, this one "
@@ -341,12 +344,14 @@ def checkpoints(out):
     return sorted(out.glob("checkpoint_" + "[0-9]" * 7 + ".pt"))
 
 
+OF_NO_EFFECT = {"root", "out", "workers", "cache", "device", "recompute", "compile", "resume", "lock",
+                "save_every", "keep", "sample_every", "adapter_dtype", "eval", "before", "test",
+                "starts_below"}
+
+
 def flags_of(args):
     """The flags that decide what a step computes, as plain values."""
-    names = ("seed", "batch", "accumulate", "lr", "lr_d", "lambda_adv", "fake_weight", "ramp",
-             "lazy", "unroll", "unroll_grad", "ddim_steps", "t_max", "discriminator", "init",
-             "segmenter")
-    return {name: str(value) for name, value in vars(args).items() if name in names}
+    return {name: str(value) for name, value in vars(args).items() if name not in OF_NO_EFFECT}
 
 
 class Stopped(Exception):
@@ -363,7 +368,7 @@ class Log:
         self.last = {}
         self.dropped = deque(maxlen=100)  # of each step, whether it was
         rows = [",".join(["step", *self.columns])]
-        if path.exists():  # of a run that is resumed: steps behind its checkpoint are done again
+        if path.exists():  # of a run that is resumed: steps after its checkpoint are done again
             done = {str(step) for step in range(1, first + 1)}
             for row in path.read_text(errors="replace").splitlines():
                 cells = row.split(",")
@@ -408,11 +413,17 @@ def open_run(args):
             fcntl.lockf(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{out}: another run is writing here; choose another --out") from None
-        if not args.resume and (checkpoints(out) or (out / "log.csv").exists()):
-            raise InputError(f"{out}: holds a run; go on with --resume, or choose another --out")
+        refuse_second_run(args)
         remove_leftovers(out)
     largest(0)  # the other processes wait for that
     return out
+
+
+def refuse_second_run(args):
+    """InputError where --out holds a run that is not to be resumed."""
+    out = Path(args.out)
+    if not args.resume and (checkpoints(out) or (out / "log.csv").exists()):
+        raise InputError(f"{out}: holds a run; go on with --resume, or choose another --out")
 
 
 @contextmanager
@@ -451,8 +462,8 @@ def average(tensors):
         return
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
-    means = (flat / dist.get_world_size()).split([t.numel() for t in tensors])
-    for t, mean in zip(tensors, means):
+    flat /= world()
+    for t, mean in zip(tensors, flat.split([t.numel() for t in tensors])):
         t.copy_(mean.view_as(t))
 
 
@@ -499,7 +510,7 @@ def train_adapter(args):
     if done == 0 and (out / "judged.json").exists():
         note(f"{out}: finished already, nothing is changed")
         return
-    # Of the whole training, also where only its end was seen.
+    # Of the whole training, also where this process has seen only its end.
     seconds = (time.time() - began) * args.steps / done if done else None
     after = judge_toy(model, parts, args)
     if after:
@@ -510,8 +521,7 @@ def train_adapter(args):
 
 def optimizers(model, discriminator, args):
     """-> the adapter's, the discriminator's"""
-    trained = [p for p in model.adapter.parameters() if p.requires_grad]
-    opt_g = torch.optim.AdamW(trained, args.lr, fused=True)
+    opt_g = torch.optim.AdamW(model.adapter.parameters(), args.lr, fused=True)
     opt_d = torch.optim.AdamW(discriminator.parameters(), args.lr_d, weight_decay=0.005, fused=True)
     return opt_g, opt_d
 
@@ -534,22 +544,25 @@ def build(args):
     preset = PRESETS[args.preset]
     classes = class_table(args.data)
     start, init = read_adapter(args.init) if args.init else ({}, {})
-    for key in ("adapter", "preset"):
-        found = start.get(key, getattr(args, key))
-        if found != getattr(args, key):
+    for key in ("adapter", "preset", "hint"):
+        given = getattr(args, key)
+        found = start.get(key, given)
+        if given and found != given:
             raise InputError(f"{args.init}: its {key} is {found}: give --{key} {found}")
     frozen_dtype = torch.float32
     if device.type == "cuda" and args.adapter != "freestyle":
         frozen_dtype = torch.bfloat16
     unet, vae, text, parts = load_frozen(args.preset, args.sd, device, frozen_dtype)
 
+    hint = start.get("hint") or args.hint or "classes"
     table = None  # the text encoder's
     if args.class_embeddings:
+        if hint == "color" or args.adapter in ("t2i", "freestyle"):
+            raise InputError("--class-embeddings: the hint of this adapter has none")
         table = load_class_embeddings(args.class_embeddings, classes, text)
     elif tuple(start.get("names") or ()) == classes.names:
         table = init.get("layout", {}).get("table")
     torch.manual_seed(args.seed)
-    hint = start.get("hint", args.hint)
     model = ALDM(preset, unet, vae, text, classes, args.adapter, hint, table,
                  start.get("hint_colors")).to(device)
     if args.init:
@@ -569,7 +582,8 @@ def build(args):
     make_fast(model, discriminator, args)
 
     meta = dict(preset=args.preset, dataset=classes.key, names=list(classes.names),
-                palette=classes.palette.tolist(), adapter=args.adapter, hint=model.layout.kind,
+                palette=classes.palette.tolist(), file_ids=classes.file_ids.tolist(),
+                void=classes.void.tolist(), adapter=args.adapter, hint=model.layout.kind,
                 hint_colors=start.get("hint_colors"), normalize=discriminator.normalize)
     return model, discriminator, parts, meta
 
@@ -701,8 +715,9 @@ class Cache(torch.utils.data.Dataset):
     step needs neither JPEGs nor the VAE's encoder nor the text encoder.
 
     Each holds the latent's moments of the whole resized image and of its mirror image (fp16), the
-    labels, and the caption's states. Random crops are cut from the latents: their offsets are
-    multiples of the VAE's factor, and at their borders the latents have seen what lies beyond.
+    labels, and the states of its captions (where there is none, of one composed of the whole
+    image's classes). Random crops are cut from the latents, which at the borders have seen what
+    lies beyond.
     """
 
     def __init__(self, folder, dataset, model):
@@ -711,7 +726,7 @@ class Cache(torch.utils.data.Dataset):
         self.factor = model.vae.cfg.factor
         frozen = [*model.vae.parameters(), *model.text.parameters()]
         weights = sum(p.double().abs().sum().item() for p in frozen)
-        made_of = f"{dataset.stamp()}, size {dataset.size}, weights {weights:.6e}"
+        made_of = f"{dataset.stamp()}, all captions, size {dataset.size}, weights {weights:.6e}"
         self.folder.mkdir(parents=True, exist_ok=True)
         sign = self.folder / "cache.txt"
         if sign.exists() and sign.read_text() != made_of:
@@ -745,7 +760,10 @@ class Cache(torch.utils.data.Dataset):
         image, label = self.dataset.full(index)
         both = torch.stack([image, image.flip(-1)]).to(model.device)
         moments = torch.cat(model.vae.moments(both), dim=1)  # (2, 2z, h, w)
-        context = model.text.encode([self.dataset[index]["caption"]])[0]
+        captions = self.dataset.captions.get(self.dataset.names[index])
+        if not isinstance(captions, list):
+            captions = [self.dataset.caption(index, label)]
+        context = model.text.encode(captions)  # (n, 77, C)
         content = {"moments": moments.half(), "label": label.byte(), "context": context.half()}
         save_tensors(self.file(index), content, {})
 
@@ -761,7 +779,8 @@ class Cache(torch.utils.data.Dataset):
         f, size = self.factor, self.dataset.size
         rows = slice(top // f, (top + size) // f)
         columns = slice(left // f, (left + size) // f)
-        return {"moments": moments[:, rows, columns], "context": content["context"],
+        context = content["context"]
+        return {"moments": moments[:, rows, columns], "context": context[seed % len(context)],
                 "label": label[top:top + size, left:left + size]}
 
 
@@ -878,7 +897,7 @@ def bench(args):
         discriminator = UperNet(len(classes.names) + 1, **preset.segmenter)
     if device.type == "cuda" and args.adapter != "freestyle":
         unet.bfloat16()
-    model = ALDM(preset, unet, vae, text, classes, args.adapter, args.hint).to(device)
+    model = ALDM(preset, unet, vae, text, classes, args.adapter, args.hint or "classes").to(device)
     make_fast(model, discriminator, args)
     opt_g, opt_d = optimizers(model, discriminator, args)
     B = args.batch * args.accumulate
@@ -942,8 +961,8 @@ def add_data_flags(add):
 def add_method_flags(add):
     add("--adapter", choices=["controlnet", "t2i", "oft", "freestyle"],
         help="what brings the layout in (default controlnet)")
-    add("--hint", choices=["classes", "color"], default="classes",
-        help="the ControlNet's: ALDM's class embeddings, or colours")
+    add("--hint", choices=["classes", "color"],
+        help="the ControlNet's: ALDM's class embeddings (default), or colours")
     add("--discriminator", choices=["trained", "frozen", "none"], default="trained",
         help="none: the noise loss alone")
     add("--lambda-adv", type=number(0), help="weight of L_adv")
@@ -971,7 +990,7 @@ def add_run_flags(add):
     add("--seed", type=whole(0, 2 ** 32 - 1), default=0, help="of everything (default 0)")
     add("--device", help="cpu or cuda (default: cuda if there)")
     add("--bf16", action="store_true", help="autocast on a CPU, too: faster where it has AMX")
-    add("--recompute", action="store_true", help="blocks anew in the backward pass: less memory")
+    add("--recompute", action="store_true", help="blocks anew in the backward pass: saves memory")
     add("--compile", action="store_true", help="compile the blocks: slow to start, then faster")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add("--save-every", type=whole(1), help="steps between checkpoints")
@@ -1004,8 +1023,8 @@ def complete(args):
     """Fill in what --data implies, and check what argparse cannot. Raises InputError."""
     if args.bench and args.preset == "sd15" and args.data == "toy":
         args.data = "cityscapes"  # --bench takes only its classes
-    if args.init is None and args.data == "toy" and args.adapter in (None, "controlnet") \
-            and args.hint == "classes":
+    toy = args.data.split(":")[0] == "toy"
+    if args.init is None and toy and args.adapter in (None, "controlnet") and args.hint != "color":
         args.init = str(ASSETS / "toy_controlnet.safetensors")
     args.init = None if args.init == "none" else args.init
     if args.adapter is None:
@@ -1015,13 +1034,16 @@ def complete(args):
     if args.train == "segmenter":
         defaults |= SEGMENTER_DEFAULTS
     fill_in(args, defaults)
-    args.out = args.out or f"runs/{Path(args.data.replace(':', '-')).name}"
+    name = Path(args.data.replace(":", "-")).name
+    args.out = args.out or f"runs/{name if args.train == 'adapter' else f'{name}-segmenter'}"
     args.device = pick_device(args.device)
     if args.device == "cpu":  # whose flash attention is slow backwards in bf16
         torch.backends.cuda.enable_flash_sdp(not args.bf16)
     args.bf16 = args.bf16 or args.device != "cpu"
     if args.lambda_adv == 0:
         args.discriminator = "none"
+    timesteps = Schedule().ddim_timesteps(args.ddim_steps)
+    args.starts_below = int((timesteps < args.t_max).sum())  # DDIM steps that chains start from
     check(args)
     return args
 
@@ -1035,24 +1057,24 @@ def fill_in(args, defaults):
 def check(args):
     """Raise InputError for flags that do not go together."""
     toy = args.data.split(":")[0] == "toy"
-    timesteps = Schedule().ddim_timesteps(args.ddim_steps)
-    args.starts_below = int((timesteps < args.t_max).sum())
-    if args.unroll >= args.ddim_steps:
-        raise InputError(f"--unroll {args.unroll}: must be below --ddim-steps {args.ddim_steps}")
-    if args.unroll >= args.starts_below:
-        raise InputError(f"--t-max {args.t_max}: only {args.starts_below} DDIM steps lie below it, "
-                         f"too few for --unroll {args.unroll}")
+    of_adapter = args.train == "adapter"
+    if of_adapter and args.discriminator != "none" and args.unroll >= args.starts_below:
+        raise InputError(f"--unroll {args.unroll}: must be below the number of DDIM steps, of "
+                         f"--ddim-steps {args.ddim_steps} those below --t-max {args.t_max}: "
+                         f"{args.starts_below}")
     if args.extra and not 0 < synthetic_share(args) * len(args.extra) < args.batch:
         raise InputError(f"--mix {args.mix}: of a batch of {args.batch}, that is nothing or all")
     if toy and args.size != 64:
         raise InputError(f"--size {args.size}: the toy world is 64x64")
     if toy and (args.root or args.captions):
         raise InputError("--root and --captions: the toy world has no files")
-    if args.size % PRESETS[args.preset].multiple:
+    if of_adapter and args.size % PRESETS[args.preset].multiple:
         raise InputError(f"--size {args.size}: preset {args.preset} takes multiples of "
                          f"{PRESETS[args.preset].multiple}")
     if args.hint == "color" and args.adapter != "controlnet":
         raise InputError(f"--hint color: is the ControlNet's; {args.adapter} has its own hint")
+    if not args.bench:
+        refuse_second_run(args)
 
 
 def main():
@@ -1061,7 +1083,7 @@ def main():
         if "RANK" in os.environ:  # started by torchrun
             dist.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
             if args.device != "cpu":
-                args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+                args.device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
                 torch.cuda.set_device(args.device)
         if args.bench:
             bench(args)
@@ -1069,9 +1091,12 @@ def main():
             train_segmenter(args)
         else:
             train_adapter(args)
-    except (InputError, OSError, Stopped) as error:
+    except (InputError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
-        raise SystemExit(1 if isinstance(error, Stopped) else 2)
+        raise SystemExit(2)
+    except (Stopped, torch.OutOfMemoryError) as error:
+        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -266,7 +266,7 @@ class UNet(nn.Module):
         mask      [B,77,h,w] bool: the words that each pixel may attend to (FreestyleNet)
 
         With frozen weights only `features`, or an x that carries gradient, give the encoder half a
-        graph: control enters behind it, so that its gradient comes through the decoder half alone.
+        graph: control enters after it, so that its gradient comes through the decoder half alone.
         """
         h, skips, emb = self.encode(x, t, context, features, mask)
         return self.decode(h, skips, emb, context, control, mask)
@@ -274,7 +274,7 @@ class UNet(nn.Module):
     def encode(self, x, t, context, features=None, mask=None):
         """The encoder half and the middle -> h, the skips (one per input block), emb [B,4c]."""
         emb = timestep_embedding(t, self.cfg.model_channels)  # (B, c)
-        emb = self.time_embed(emb.to(self.time_embed[0].weight.dtype))  # (B, 4c)
+        emb = self.time_embed(emb)  # (B, 4c)
         h = x
         skips = []
         for i, block in enumerate(self.input_blocks):
@@ -313,8 +313,9 @@ COLOR_WIDTHS = (16, 16, 32, 32, 96, 96, 256)
 def hint_block(cin, widths, cout, halvings):
     """3x3 convolutions that take the hint to the latents' resolution; the last starts at zero.
 
-    A class hint comes at twice the latents' resolution and is halved by the third convolution. A
-    colour hint (cin = 3) comes at the image's, and every convolution that widens it halves it.
+    A colour hint (cin = 3) comes at the image's resolution, and is halved `halvings` times, by the
+    third convolution and every second one after it; a class hint comes at twice the latents', and
+    the third convolution alone halves it.
     """
     if cin == 3:
         strided = range(2, 2 + 2 * halvings, 2)  # where COLOR_WIDTHS grows
@@ -347,11 +348,11 @@ def apply_hint_block(block, hint, table=None):
 
 
 class ControlNet(nn.Module):
-    """The encoder half once more, with the layout's features added behind its first convolution.
+    """The encoder half once more, with the layout's features added after its first convolution.
 
     Through convolutions that start at zero its outputs are added to the frozen UNet's skips. ALDM's
-    hint are class embeddings (hint_channels of them at 2h x 2w); with hint_channels=3 it is the
-    original ControlNet, with a colour-coded layout at 8h x 8w.
+    hint is a map of class embeddings (hint_channels numbers per cell, at 2h x 2w); hint_channels=3
+    is the original ControlNet's, a colour-coded layout at 8h x 8w.
     """
 
     def __init__(
@@ -370,7 +371,7 @@ class ControlNet(nn.Module):
         self.middle_block_out = nn.Sequential(zero(nn.Conv2d(c, c, 1)))
 
     def start_from(self, unet):
-        """Copy the UNet's encoder half, as the field does."""
+        """Copy the UNet's encoder half, as is usual."""
         self.time_embed.load_state_dict(unet.time_embed.state_dict())
         self.input_blocks.load_state_dict(unet.input_blocks.state_dict())
         self.middle_block.load_state_dict(unet.middle_block.state_dict())
@@ -425,7 +426,7 @@ class T2IAdapter(nn.Module):
         c = cfg.model_channels * cfg.channel_mult[0]
         self.conv_in = zero(nn.Conv2d(3 * factor ** 2, c, 3, padding=1))
 
-        # Two blocks per level. What they put out is added behind the level's last ResBlock: the
+        # Two blocks per level. What they put out is added after the level's last ResBlock: the
         # UNet's input blocks are a convolution, then each level's ResBlocks and its Downsample.
         self.body = nn.ModuleList()
         self.last_of_level = []
@@ -477,7 +478,7 @@ class Rotation(nn.Module):
 class OFT(nn.Module):
     """Rotates, block by block, the inputs of the UNet's attention projections and of its gated
     feed-forwards, starting at the identity. The layout enters through a hint block that starts at
-    zero and is added behind the first convolution."""
+    zero and is added after the first convolution."""
 
     def __init__(self, unet, hint_channels=768, hint_widths=(768, 512, 256), blocks=4):
         super().__init__()

@@ -3,7 +3,8 @@
     python assets/make_results.py main k --runs runs/results --out runs/results/results.md
 
 Each row is train.py with some flags, run with each seed into a folder of its own under --runs. What
-is finished there is kept: the same command goes on after a stop, and tables share their runs.
+is finished there is kept: the same command goes on after a stop, and tables share their runs. The
+folders are named by the flags: after a change of the code or of its defaults take a new --runs.
 """
 import argparse
 import json
@@ -19,8 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from aldm import check_target
-from data import DOMAINS, InputError, write_text
+from data import DOMAINS, InputError, check_target, write_text
 from sample import number
 from train import FIGURES
 
@@ -63,7 +63,7 @@ TABLES = {  # name -> title, {row: flags}; START/x is the adapter x of STARTS
         "ALDM, a slow discriminator": "--steps 1000 --lr-d 5e-5",
         "ALDM, a slower one": "--steps 1000 --lr-d 3e-5"}),
 }
-WEATHER = ("a street at night", "a street in fog", "a street in snow", "a street in rain")
+PROMPTS = ("a street at night", "a street in fog", "a street in snow", "a street in rain")
 
 
 def finish(out, flags, product, args):
@@ -72,9 +72,22 @@ def finish(out, flags, product, args):
     if not (out / product).exists():
         command = [sys.executable, str(ROOT / "train.py"), "--resume", "--keep", "1",
                    *shlex.split(flags), *shlex.split(args.train_flags), "--out", str(out)]
-        print(" ".join(command[1:]), flush=True)
-        subprocess.run(command, check=True)
+        call(command)
     return json.loads((out / product).read_text())
+
+
+def call(command):
+    """Run a command to its end. Where we are stopped, it is, too, and may save before it ends."""
+    print(shlex.join(command[1:]), flush=True)
+    with subprocess.Popen(command) as process:
+        try:
+            process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
 
 
 def finish_row(flags, seed, args):
@@ -105,7 +118,9 @@ def table(name, args):
 
 
 def spread(values):
-    """Mean and standard deviation; of a single value, that alone."""
+    """Mean and standard deviation; of a single value, that alone; "" where one is not known."""
+    if None in values:
+        return ""
     digits = 0 if max(values) > 10 else 3
     text = f"{np.mean(values):.{digits}f}"
     return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
@@ -115,10 +130,8 @@ def generalisation(args):
     """-> the table of the paper's domain generalisation (Table 4), in the toy world."""
     images = args.runs / "weather"
     make = [sys.executable, str(ROOT / "sample.py"), "--layouts", "train", "--limit", "250",
-            "--out", str(images), "--prompts", *WEATHER, "--adapter", str(args.adapter)]
-    if not (images / "finished").exists():
-        subprocess.run(make, check=True)
-        (images / "finished").touch()
+            "--out", str(images), "--prompts", *PROMPTS, "--adapter", str(args.adapter)]
+    call(make)  # it makes what is not there yet
     tests = "--test " + " ".join(f"toy:{domain}" for domain in DOMAINS)
     rows = {"clear days": "--data toy", "real images of all weathers": "--data toy:all"}
     for mix in args.mix:
@@ -150,8 +163,9 @@ def main():
                    help="whose images generalisation uses")
     p.add_argument("--mix", type=number(0, 1), nargs="+", default=[0.25])
     args = p.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the run as well
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `call` ends the run as well
     try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         check_target(args.out)
         texts = []
         for name in args.tables:

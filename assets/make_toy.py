@@ -7,8 +7,9 @@
     python assets/make_toy.py pictures --out DIR    toy.png and the example layouts
 
 In this order: each fills DIR/toy.safetensors, or uses it; DIR/STAGE holds its checkpoints, from
-which --resume goes on. The shipped base was trained twice: 8,000 steps with the defaults, then
-`base --start assets/toy.safetensors --steps 6800 --lr 6e-4 --scenes 40000`.
+which --resume goes on. The shipped base was trained twice: 8,000 steps with the defaults, then,
+with DIR/base out of the way, `base --start DIR/toy.safetensors --steps 6800 --lr 6e-4 --scenes
+40000`.
 """
 import argparse
 import copy
@@ -68,8 +69,9 @@ def stage_step(args, opt, loss, _, step):
     with autocast(args):
         value, parts = loss(step)
     value.backward()
+    torch.nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], 1.0)
     losses = {name: part.detach() for name, part in parts.items()}
-    return {**losses, "dropped": update(opt, losses, clip=1.0)}
+    return {**losses, "dropped": update(opt, losses)}
 
 
 def write_parts(args, parts, token_ids=None):
@@ -386,7 +388,7 @@ def main():
         args.bf16 = args.bf16 or args.device != "cpu"
         Path(args.out).mkdir(parents=True, exist_ok=True)
         STAGES[args.stage](args)
-    except (InputError, OSError, Stopped) as error:
+    except (InputError, OSError, Stopped, subprocess.CalledProcessError) as error:
         print(f"make_toy.py: {error}", file=sys.stderr)
         raise SystemExit(2)
 

@@ -737,7 +737,7 @@ def test_file_of_class_embeddings(tmp_path):
 @pytest.mark.parametrize("rest, changes, words", [          # with or without the rest of a Stable Diffusion file
     (False, {"unet.lora_A.weight": T}, ["known here (unet.lora_A", "expected is Stable Diffusion 1.x"]),
     (False, {SD_PREFIX["unet"] + "out.2.bias": T, SD_PREFIX["vae"] + "decoder.conv_out.bias": T,
-             "conditioner.embedders.0.x": T}, ["holds no text", "wanted"]),     # Stable Diffusion XL
+             "conditioner.embedders.0.x": T}, ["holds no text", "expected"]),     # Stable Diffusion XL
     (True, {SD_PREFIX["unet"] + "input_blocks.0.0.weight": torch.zeros(16, 9, 3, 3)},
      ["unet: does not fit", "size mismatch for input_blocks.0.0.weight", "[16, 9, 3, 3]"]),
     (True, {SD_PREFIX["vae"] + "decoder.norm_out.bias": None}, ["vae", "Missing", "norm_out"])])
@@ -2425,13 +2425,13 @@ def test_tables(tmp_path, monkeypatch):
             train.parse_args(flags.split())
     monkeypatch.setitem(make_results.TABLES, "k", ("Title", {"one": "--unroll 0"}))
     flags = "--steps 1 --batch 2 --eval 4 --ddim-steps 4 --device cpu"
-    command = ("k", "--seeds", 1, "--runs", tmp_path, "--out", tmp_path / "results.md", "--train-flags", flags)
+    command = ("k", "--seeds", 1, "--runs", tmp_path, "--out", tmp_path / "new" / "results.md", "--train-flags", flags)
     text = launch(make_results, *command)
     file = tmp_path / "unroll-0-seed-0" / "judged.json"
     figures = json.loads(file.read_text())
     assert f"| one | `--unroll 0` | {figures['mIoU_generated']:.3f} | {figures['mIoU_edited']:.3f} | " in text
     file.write_text(json.dumps({**figures, "mIoU_generated": 0.75}))
-    assert "| 0.750 | " in launch(make_results, *command) and "0.750" in (tmp_path / "results.md").read_text()
+    assert "| 0.750 | " in launch(make_results, *command) and "0.750" in (tmp_path / "new" / "results.md").read_text()
     assert make_results.spread([0.5, 0.7]) == "0.600 ± 0.141"
 
 

@@ -344,13 +344,14 @@ def checkpoints(out):
     return sorted(out.glob("checkpoint_" + "[0-9]" * 7 + ".pt"))
 
 
+# Flags that a resumed run may change without a word.
 OF_NO_EFFECT = {"root", "out", "workers", "cache", "device", "recompute", "compile", "resume", "lock",
-                "save_every", "keep", "sample_every", "adapter_dtype", "eval", "before", "test",
-                "starts_below"}
+                "steps", "save_every", "keep", "sample_every", "adapter_dtype", "eval", "before",
+                "test", "starts_below"}
 
 
 def flags_of(args):
-    """The flags that decide what a step computes, as plain values."""
+    """All other flags, as plain values: what a step computes depends on them."""
     return {name: str(value) for name, value in vars(args).items() if name not in OF_NO_EFFECT}
 
 

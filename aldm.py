@@ -787,9 +787,9 @@ def read_adapter(path):
     """What --init, --adapter and --ckpt accept -> meta, {part: state dict}, the adapter's part also
     under "adapter".
 
-    Our adapter.safetensors, a checkpoint_*.pt of train.py, or the folder with these (of several the
-    furthest adapter, of checkpoints alone the furthest): meta is what was saved with it, and parts["layout"] has
-    the class embeddings ("table"). Files of official ALDM, ControlNet and T2I-Adapter, in SD's or
+    Our adapter.safetensors, a checkpoint_*.pt of train.py, or the folder with these (its last
+    adapter, or its last checkpoint): meta is what was saved with it, and parts["layout"] has the
+    class embeddings ("table"). Files of official ALDM, ControlNet and T2I-Adapter, in SD's or
     diffusers' names, have no "layout"; their meta has the same keys, META."""
     folder = Path(path)
     found = [*sorted(folder.glob("checkpoint_*.pt")), *sorted(folder.glob("adapter_*.safetensors")),

@@ -844,7 +844,7 @@ class PageHandler(BaseHTTPRequestHandler):
         hosts = f"127.0.0.1:{port}", f"localhost:{port}"
         origins = None, f"http://{hosts[0]}", f"http://{hosts[1]}"
         if self.headers["Host"] not in hosts or self.headers["Origin"] not in origins:
-            raise InputError(f"only for {origins[1]} (of a forwarded port, both ends need the same number)")
+            raise InputError(f"only for {origins[1]} (forward a port to the same number)")
 
     def do_GET(self):
         try:
@@ -975,8 +975,8 @@ def parse_args(argv=None):
     p.error = refuse
     mode = p.add_mutually_exclusive_group(required=True)
     mode.add_argument("--layout", metavar="FILE", help="a label map: ids or colours, PNG")
-    mode.add_argument("--layouts", metavar="DIR|SPLIT", help="make a labelled data set of a folder of "
-        "layouts, or of a split of --data")
+    mode.add_argument("--layouts", metavar="DIR|SPLIT",
+                      help="make a labelled data set of a folder of layouts, or of a split of --data")
     mode.add_argument("--evaluate", action="store_true", help="judge images of --split's layouts")
     mode.add_argument("--serve", action="store_true", help="a page to paint layouts on")
     mode.add_argument("--bench", action="store_true", help="how fast is sampling?")

@@ -345,9 +345,9 @@ def checkpoints(out):
 
 
 # Flags that a resumed run may change without a word.
-OF_NO_EFFECT = {"root", "out", "workers", "cache", "device", "recompute", "compile", "resume", "lock",
-                "steps", "save_every", "keep", "sample_every", "adapter_dtype", "eval", "before",
-                "test", "starts_below"}
+OF_NO_EFFECT = {"root", "out", "lock", "workers", "cache", "device", "recompute", "compile",
+                "resume", "steps", "save_every", "keep", "sample_every", "adapter_dtype", "eval",
+                "before", "test", "starts_below"}
 
 
 def flags_of(args):

@@ -976,7 +976,7 @@ def parse_args(argv=None):
     mode = p.add_mutually_exclusive_group(required=True)
     mode.add_argument("--layout", metavar="FILE", help="a label map: ids or colours, PNG")
     mode.add_argument("--layouts", metavar="DIR|SPLIT",
-                      help="make a labelled data set of a folder of layouts, or of a split of --data")
+                      help="make a labelled data set of a folder's layouts, or a split's of --data")
     mode.add_argument("--evaluate", action="store_true", help="judge images of --split's layouts")
     mode.add_argument("--serve", action="store_true", help="a page to paint layouts on")
     mode.add_argument("--bench", action="store_true", help="how fast is sampling?")

@@ -318,7 +318,7 @@ def load_checkpoint(out, job, args):
     if not saved.keys() >= job.state.keys():
         raise InputError(f"{path}: is of another kind of training; choose another --out")
     for key, value in job.meta.items():
-        if saved["meta"].get(key) != value:
+        if saved["meta"].get(key, value) != value:
             raise InputError(f"{path}: its run has {key} {saved['meta'].get(key)!r:.60}, this one "
                              f"{value!r:.60}; resume with the same flags, or choose another --out")
     if saved["step"] > args.steps:

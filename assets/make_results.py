@@ -60,7 +60,8 @@ TABLES = {  # name -> title, {row: flags}; START/x is the adapter x of STARTS
         "fake weight 0.001": "--fake-weight 0.001"}),
     "long": ("Four times as long: does the noise loss catch up?", {
         "noise loss": "--discriminator none --steps 3200",
-        "ALDM, a slower discriminator": "--steps 1000 --lr-d 5e-5"}),
+        "ALDM, a slower discriminator": "--steps 1000 --lr-d 5e-5",
+        "ALDM, the discriminator frozen": "--discriminator frozen --steps 1000"}),
 }
 PROMPTS = ("a street at night", "a street in fog", "a street in snow", "a street in rain")
 

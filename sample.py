@@ -278,13 +278,12 @@ def sample_layout(args, model):
     stem = Path(args.layout).stem
     seeds = range(args.seed, args.seed + args.n)
     images = []
-    calls = args.n if args.eta else math.ceil(args.n / args.batch)
-    with tqdm(desc="DDIM steps", total=calls * args.steps) as bar:
+    with tqdm(desc="DDIM steps", total=args.n * args.steps) as bar:
         for i in range(0, args.n, args.batch):  # written as they come
             group = seeds[i:i + args.batch]
             images += [*generate(model, label.expand(len(group), -1, -1),
                                  [args.prompt] * len(group), group, **sampling(args),
-                                 on_step=lambda i, x0_hat: bar.update())]
+                                 on_step=lambda i, x0_hat: bar.update(len(x0_hat)))]
             for seed, image in zip(group, images[i:]):
                 write_png(out / f"{stem}_{seed}.png", image)
     row = [np.asarray(colorize(label, model.classes)), *images]

@@ -1549,7 +1549,9 @@ def test_prompts_of_an_evaluation(monkeypatch, toy_model):
     assert chosen["targets"] == ["at dusk", "snow"]
     assert chosen["classifier"]("images") == ("images", ["at dusk", "snow"])
     monkeypatch.setattr(sample, "try_to_load_from_cache", lambda *_: None)
-    args.features = "clip"
+    with pytest.raises(InputError, match="--prompts"):
+        sample.choose_judges(args, toy_model)
+    args.prompts, args.features = None, "clip"
     with pytest.raises(InputError, match="--features clip"):
         sample.choose_judges(args, toy_model)
 
@@ -1694,7 +1696,6 @@ def test_ctrl_c_is_no_traceback(cli, monkeypatch):
     ("--layouts empty", "no .png"), ("--layouts broken", "bad.png"), ("--layouts whole --out whole", "--out"),
     ("--layouts val --out own", "other images"), ("--layouts val --prompt night", "--prompts"),
     ("--layout ok.png --prompts night", "give --prompt"), ("--evaluate --captions ok.png", "--captions"),
-    ("--evaluate --prompts night", "Hugging Face cache"),
     ("--layout ok.png --ckpt no.safetensors", "no.safetensors"), ("--layout ok.png --preset sd15", "sd15"),
     ("--layout ok.png --sd ADAPTER", "unet"), ("--layout ok.png --class-embeddings text.png", "text.png"),
     ("--layout ok.png --data ade20k", "150"), ("--layout ok.png --data toy --ckpt other.safetensors", "elsewhere"),

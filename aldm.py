@@ -40,7 +40,7 @@ class Preset:
     segmenter: dict     # arguments of UperNet
     hint_widths: tuple  # channels of the convolutions that take the class hint in
     size: int           # pixels of a training image's side
-    hint_average: bool  # a cell of the class hint: the mean of its pixels' classes, or its first's
+    hint_average: bool  # a cell of the class hint: its pixels' mean, or its top left pixel
     whiten: bool        # spread the class embeddings, which a small text tower hardly tells apart
     guidance: float     # scale of sampling, where none is given
 
@@ -159,9 +159,11 @@ class TextEncoder(TextTransformer):
 
 
 def whiten(table):
-    """[N+1,C] -> the nearest table whose rows, but for their mean, are orthogonal; unit entries."""
+    """[N+1,C] -> the same embeddings, centred and equally far apart: all singular values become
+    equal, but for the one that centring makes 0."""
     centred = table.double() - table.double().mean(0)
-    U, _, V = torch.linalg.svd(centred, full_matrices=False)
+    U, S, V = torch.linalg.svd(centred, full_matrices=False)
+    U = U * (S > 1e-9 * S[0])
     return (U @ V * table.shape[1] ** 0.5).float()
 
 
@@ -180,15 +182,16 @@ def hint_palette(classes, colors):
 class LayoutEncoder(nn.Module):
     """Label map y [B,H,W] int64 (255 = void) -> what an adapter's hint block takes in.
 
-    kind "classes"  [B,N+1,2h,2w]: one-hot, void last, at twice the latents' resolution. Multiplied
-                    with `table` [N+1,C] it is the paper's hint, a map of CLIP embeddings; that is
-                    done inside the hint block's first convolution (unet.apply_hint_block)
-    kind "color"    [B,3,H,W] in [0,1]
+    hint "classes"  [B,N+1,2h,2w]: one-hot (or the average of that over each cell), void last, at
+                    twice the latents' resolution. Multiplied with `table` [N+1,C] it is the paper's
+                    hint, a map of CLIP embeddings; that is done inside the hint block's first
+                    convolution (unet.apply_hint_block)
+    hint "color"    [B,3,H,W] in [0,1]
     """
 
-    def __init__(self, table, palette, kind, cell, average):
+    def __init__(self, table, palette, hint, cell, average):
         super().__init__()
-        self.kind = kind
+        self.hint = hint
         self.cell = cell  # pixels per cell of the class hint, along one side
         self.average = average
         self.register_buffer("table", table)
@@ -197,7 +200,7 @@ class LayoutEncoder(nn.Module):
     def forward(self, label):
         void = len(self.palette) - 1
         label = label.where(label != IGNORE, void)
-        if self.kind == "color":
+        if self.hint == "color":
             return self.palette[label].permute(0, 3, 1, 2)
         if not self.average:  # subsample, then look up: equals the official order, but cheaper
             label = label[:, ::self.cell, ::self.cell]
@@ -246,9 +249,9 @@ class Schedule(nn.Module):
         """
         a = self.a(t)
         a_prev = self.a(t_prev)
-        sigma = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).clamp(min=0).sqrt()
+        sigma = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).sqrt()
         x0_hat = self.predict_x0(x_t, t, eps)
-        x = a_prev.sqrt() * x0_hat + (1 - a_prev - sigma ** 2).clamp(min=0).sqrt() * eps
+        x = a_prev.sqrt() * x0_hat + (1 - a_prev - sigma ** 2).sqrt() * eps
         if eta == 0:
             return x
         return x + sigma * (torch.randn_like(x) if noise is None else noise)
@@ -318,7 +321,7 @@ class ALDM(nn.Module):
         hint = self.layout(label)
         if self.kind == "t2i":
             return {"features": self.adapter(hint)}
-        table = self.layout.table if self.layout.kind == "classes" else None
+        table = self.layout.table if self.layout.hint == "classes" else None
         features = apply_hint_block(self.adapter.input_hint_block, hint, table)  # (B, c, h, w)
         if self.kind == "oft":
             return {"features": {0: features}}
@@ -360,15 +363,14 @@ class ALDM(nn.Module):
         return self.unet(x_t, t, context, control, features, mask).float()
 
     @torch.no_grad()
-    def sample(self, label, context, uncond, steps, cfg, noise, eta=0.0, on_step=None):
-        """DDIM from noise [B,4,h,w] to a latent x_0, with guidance eps_u + cfg (eps_c - eps_u); the
+    def sample(self, label, context, uncond, steps, guidance, noise, eta=0.0, on_step=None):
+        """DDIM from noise [B,4,h,w] to a latent x_0, with eps_u + guidance (eps_c - eps_u); the
         layout is in both halves, which run as one batch. (FreestyleNet has no guidance here, as its
         text is the layout's.)
 
-        label [B,H,W], context and uncond [B,77,C] (None: no guidance); on_step(i, x0_hat) is called
-        after each step.
+        label [B,H,W], context and uncond [B,77,C]; on_step(i, x0_hat) is called after each step.
         """
-        guided = cfg != 1.0 and uncond is not None and self.kind != "freestyle"
+        guided = guidance != 1 and self.kind != "freestyle"
         if guided:
             label = torch.cat([label, label])
             context = torch.cat([uncond, context])
@@ -381,7 +383,7 @@ class ALDM(nn.Module):
             eps = self.eps(x_t, torch.full((len(x_t),), t, device=x.device), context, layout)
             if guided:
                 eps_u, eps_c = eps.chunk(2)
-                eps = eps_u + cfg * (eps_c - eps_u)
+                eps = eps_u + guidance * (eps_c - eps_u)
             if on_step:
                 on_step(i, self.schedule.predict_x0(x, t, eps))
             x = self.schedule.ddim_step(x, eps, t, t_prev, eta)
@@ -396,7 +398,7 @@ def unrolled_adversarial_loss(model, discriminator, x_t, eps, start, timesteps, 
     """L_adv: the discriminator's layout loss, averaged over x0_hat(t) and K further DDIM steps.
 
     model       has eps(x_t, t, context, layout), vae.decode and schedule
-    x_t, eps    [B,4,h,w]: where the chain starts, and eps_theta there, which the noise loss has
+    x_t, eps    [B,4,h,w]: where the chain starts, and eps_theta there, as in the noise loss
     start       [B] int64: x_t's index in the ascending DDIM `timesteps` [S]; at least `unroll`
     label       [B,H,W] int64
     unroll      K
@@ -404,9 +406,8 @@ def unrolled_adversarial_loss(model, discriminator, x_t, eps, start, timesteps, 
                 first   x0_hat(t) alone, its loss map scaled to the mean of all (official code)
                 each    every one, but the state x_{t-k} that the next step starts from is detached
                 full    every one, through the whole chain
-    -> L_adv (scalar); for D's next step fakes [B,3,H,W] in [-1,1] and their index [B] in
-    `timesteps`: of each image a random one of the K+1 estimates, so that D learns at every t at
-    which it judges
+    -> L_adv (scalar), and fakes [B,3,H,W] in [-1,1] for D's next step: of each image a random one
+    of the K+1 estimates, so that D learns at every t at which it judges
     """
     schedule = model.schedule
     shown = torch.randint(0, unroll + 1, start.shape, device=start.device)
@@ -432,7 +433,7 @@ def unrolled_adversarial_loss(model, discriminator, x_t, eps, start, timesteps, 
         first = loss_maps[0]
         ratio = torch.where(first > 0, loss_map / first.clamp(min=1e-12), 0).detach()
         loss_map = loss_map + ratio * (first - first.detach())
-    return per_valid_pixel(loss_map, label), fakes, start - shown
+    return per_valid_pixel(loss_map, label), fakes
 
 
 # -- weights ---------------------------------------------------------------------------------------

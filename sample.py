@@ -84,7 +84,7 @@ def load_model(path=ADAPTER, sd=None, device="cpu", merge=True, data=None, embed
         table = load_class_embeddings(embeddings, classes, text)
     model = ALDM(PRESETS[meta["preset"]], unet, vae, text, classes, meta["adapter"], meta["hint"],
                  table, hint_colors=meta.get("hint_colors"))
-    embeds = model.kind in ("controlnet", "oft") and model.layout.kind == "classes"
+    embeds = model.kind in ("controlnet", "oft") and model.layout.hint == "classes"
     if embeddings and not embeds:
         raise InputError(f"--class-embeddings: the hint of {path} has none")
     if embeds and table is None:

@@ -95,7 +95,7 @@ def generator_loss(model, discriminator, batch, step, args):
     noise = torch.randn_like(x0)
     if lazy_turn:  # the chain starts on the DDIM subset, with K of its steps still to go
         unroll = args.unroll if adversarial else 0  # before the ramp only D learns
-        last = args.starts_below if adversarial else args.ddim_steps  # of t < --t-max, or all
+        last = args.starts_below if adversarial else args.ddim_steps  # (D alone sees all t)
         start = torch.randint(unroll, last, (len(x0),), device=x0.device)
         t = timesteps[start]
     else:
@@ -109,7 +109,7 @@ def generator_loss(model, discriminator, batch, step, args):
         return noise_loss, {"noise": noise_loss}, None
 
     with torch.set_grad_enabled(adversarial):
-        adv, fakes, _ = unrolled_adversarial_loss(
+        adv, fakes = unrolled_adversarial_loss(
             model, discriminator, x_t, eps, start, timesteps, label, context, layout, unroll,
             args.unroll_grad)
     loss = noise_loss + weight * adv
@@ -165,7 +165,8 @@ def discriminator_step(model, discriminator, opt_d, micro_batches, fakes, args):
 
 
 def autocast(args):
-    """bf16, with norms, softmax and our losses in fp32: always on CUDA, on the CPU with --bf16."""
+    """Convolutions and matrix products in bf16, our losses in fp32: always on CUDA, on the CPU with
+    --bf16."""
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
 
 
@@ -584,7 +585,7 @@ def build(args):
 
     meta = dict(preset=args.preset, dataset=classes.key, names=list(classes.names),
                 palette=classes.palette.tolist(), file_ids=classes.file_ids.tolist(),
-                void=classes.void.tolist(), adapter=args.adapter, hint=model.layout.kind,
+                void=classes.void.tolist(), adapter=args.adapter, hint=model.layout.hint,
                 hint_colors=start.get("hint_colors"), normalize=discriminator.normalize)
     return model, discriminator, parts, meta
 
@@ -621,8 +622,7 @@ def prepare(model, items):
     there = {name: values.to(model.device, non_blocking=True)
              for name, values in items.items() if torch.is_tensor(values)}
     if "moments" in items:  # of a Cache
-        mean, logvar = there["moments"].float().chunk(2, dim=1)
-        x0 = (mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)) * model.vae.cfg.scale
+        x0 = model.vae.draw(*there["moments"].float().chunk(2, dim=1))
         context = there["context"].float()
     else:
         x0 = model.vae.encode(there["image"], sample=True)

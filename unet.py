@@ -1,6 +1,7 @@
 """The latent UNet of Stable Diffusion 1.x and the adapters that bring a layout into it.
 
-The UNet predicts the noise eps_theta(x_t, y, t) of Sec. 3.1 and stays frozen. Trained is one of
+The UNet predicts the noise eps_theta(x_t, y, t) of Sec. 3.1 and stays frozen. What is trained is
+one of
     ControlNet   a copy of the encoder half whose outputs are added to the skips, ALDM's choice
                  (Zhang & Agrawala 2023)
     T2IAdapter   a small pyramid whose features are added to the encoder's levels (Mou et al. 2023)
@@ -36,12 +37,18 @@ class UNetConfig:
 # -- layers ----------------------------------------------------------------------------------------
 
 
-def timestep_embedding(t, dim):
-    """t [B] int64 -> [B,dim] fp32: cosines, then sines, of frequencies from 1 down to 1/10000."""
-    half = dim // 2
-    freqs = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
-    args = t[:, None].float() * freqs  # (B, dim/2)
-    return torch.cat([args.cos(), args.sin()], dim=-1)
+class TimeEmbed(nn.Sequential):
+    """t [B] int64 -> the time embedding [B,4c]: two layers on cosines, then sines, of frequencies
+    from 1 down to nearly 1/10000."""
+
+    def __init__(self, c):
+        super().__init__(nn.Linear(c, 4 * c), nn.SiLU(), nn.Linear(4 * c, 4 * c))
+
+    def forward(self, t):
+        half = self[0].in_features // 2
+        freqs = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+        args = t[:, None].float() * freqs  # (B, c/2)
+        return super().forward(torch.cat([args.cos(), args.sin()], dim=-1))
 
 
 class ResBlock(nn.Module):
@@ -155,8 +162,7 @@ class SpatialTransformer(nn.Module):
             mask = rearrange(mask, "b m h w -> b 1 (h w) m") > 0  # (B, 1, h*w, m)
         h = self.proj_in(self.norm(x))
         h = rearrange(h, "b c h w -> b (h w) c")  # (B, h*w, c)
-        for block in self.transformer_blocks:
-            h = block(h, context, mask)
+        h = self.transformer_blocks[0](h, context, mask)  # SD 1.x has one
         h = rearrange(h, "b (h w) c -> b c h w", h=height)  # (B, c, h, w)
         return x + self.proj_out(h)
 
@@ -201,12 +207,6 @@ class Block(nn.Sequential):
 # -- the UNet --------------------------------------------------------------------------------------
 
 
-def time_embed(cfg):
-    """The network that turns the sinusoids of t, [B,c], into the time embedding, [B,4c]."""
-    c = cfg.model_channels
-    return nn.Sequential(nn.Linear(c, 4 * c), nn.SiLU(), nn.Linear(4 * c, 4 * c))
-
-
 def encoder_half(cfg):
     """The half that a ControlNet copies -> input_blocks, middle_block, and the list of the channels
     that each input block puts out."""
@@ -237,7 +237,7 @@ class UNet(nn.Module):
     def __init__(self, cfg=UNetConfig()):
         super().__init__()
         self.cfg = cfg
-        self.time_embed = time_embed(cfg)
+        self.time_embed = TimeEmbed(cfg.model_channels)
         self.input_blocks, self.middle_block, skips = encoder_half(cfg)
 
         # The decoder, from the lowest level up: every block takes in the last skip not yet used.
@@ -265,16 +265,11 @@ class UNet(nn.Module):
         features  {i: tensor added to the output of input block i} (T2I-Adapter, OFT)
         mask      [B,77,h,w] bool: the words that each pixel may attend to (FreestyleNet)
 
-        With frozen weights only `features`, or an x that carries gradient, give the encoder half a
-        graph: control enters after it, so that its gradient comes through the decoder half alone.
+        With frozen weights the encoder half has a graph only where `features`, or an x that carries
+        gradient, give it one: control enters after it, and sends gradient through the decoder half
+        alone.
         """
-        h, skips, emb = self.encode(x, t, context, features, mask)
-        return self.decode(h, skips, emb, context, control, mask)
-
-    def encode(self, x, t, context, features=None, mask=None):
-        """The encoder half and the middle -> h, the skips (one per input block), emb [B,4c]."""
-        emb = timestep_embedding(t, self.cfg.model_channels)  # (B, c)
-        emb = self.time_embed(emb)  # (B, 4c)
+        emb = self.time_embed(t)  # (B, 4c)
         h = x
         skips = []
         for i, block in enumerate(self.input_blocks):
@@ -283,10 +278,7 @@ class UNet(nn.Module):
                 h = h + features[i]
             skips.append(h)
         h = self.middle_block(h, emb, context, mask)
-        return h, skips, emb
 
-    def decode(self, h, skips, emb, context, control=None, mask=None):
-        """The decoder half, in front of which control enters -> eps [B,4,h,w]."""
         if control is not None:
             skips = [skip + residual for skip, residual in zip(skips, control)]
             h = h + control[-1]
@@ -310,21 +302,21 @@ def zero(module):
 COLOR_WIDTHS = (16, 16, 32, 32, 96, 96, 256)
 
 
-def hint_block(cin, widths, cout, halvings):
+def hint_block(cin, widths, cout, halvings=1):
     """3x3 convolutions that take the hint to the latents' resolution; the last starts at zero.
 
-    A colour hint (cin = 3) comes at the image's resolution, and is halved `halvings` times, by the
-    third convolution and every second one after it; a class hint comes at twice the latents', and
-    the third convolution alone halves it.
+    The third one and every second one after it halve the resolution: once that of a class hint,
+    which comes at twice the latents'; `halvings` times that of a colour hint (cin = 3), which comes
+    at the image's.
     """
     if cin == 3:
-        strided = range(2, 2 + 2 * halvings, 2)  # where COLOR_WIDTHS grows
+        widths = COLOR_WIDTHS
     else:
         widths = [*widths, widths[-1]]
-        strided = [2]
+        halvings = 1
     layers = []
     for i, width in enumerate(widths):
-        stride = 2 if i in strided else 1
+        stride = 2 if i in range(2, 2 + 2 * halvings, 2) else 1
         layers.append(nn.Conv2d(cin, width, 3, stride, padding=1))
         layers.append(nn.SiLU())
         cin = width
@@ -359,11 +351,9 @@ class ControlNet(nn.Module):
         self, cfg=UNetConfig(), hint_channels=768, hint_widths=(768, 512, 256), halvings=3
     ):
         super().__init__()
-        self.cfg = cfg
-        self.time_embed = time_embed(cfg)
+        self.time_embed = TimeEmbed(cfg.model_channels)
         self.input_blocks, self.middle_block, channels = encoder_half(cfg)
-        widths = COLOR_WIDTHS if hint_channels == 3 else hint_widths
-        self.input_hint_block = hint_block(hint_channels, widths, cfg.model_channels, halvings)
+        self.input_hint_block = hint_block(hint_channels, hint_widths, cfg.model_channels, halvings)
         self.zero_convs = nn.ModuleList()
         for c in channels:
             self.zero_convs.append(nn.Sequential(zero(nn.Conv2d(c, c, 1))))
@@ -378,7 +368,7 @@ class ControlNet(nn.Module):
 
     def residuals(self, x, t, context, hint_features):
         """As forward, from the hint's features [B,c,h,w], which are the same at every timestep."""
-        emb = self.time_embed(timestep_embedding(t, self.cfg.model_channels))  # (B, 4c)
+        emb = self.time_embed(t)  # (B, 4c)
         h = x
         out = []
         for i, block in enumerate(self.input_blocks):
@@ -403,11 +393,12 @@ class AdapterBlock(nn.Module):
     def __init__(self, cin, cout, down):
         super().__init__()
         self.down_opt = nn.AvgPool2d(2) if down else nn.Identity()
-        self.in_conv = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+        self.in_conv = nn.Identity()
+        if cin != cout:
+            self.in_conv = nn.Conv2d(cin, cout, 1)
+            nn.init.zeros_(self.in_conv.bias)
         self.block1 = nn.Conv2d(cout, cout, 3, padding=1)
         self.block2 = zero(nn.Conv2d(cout, cout, 1))
-        if cin != cout:
-            nn.init.zeros_(self.in_conv.bias)
 
     def forward(self, x):
         x = self.in_conv(self.down_opt(x))  # (B, cout, h, w), or h/2, w/2
@@ -483,21 +474,20 @@ class OFT(nn.Module):
     def __init__(self, unet, hint_channels=768, hint_widths=(768, 512, 256), blocks=4):
         super().__init__()
         c = unet.cfg.model_channels
-        self.input_hint_block = hint_block(hint_channels, hint_widths, c, halvings=1)
+        self.input_hint_block = hint_block(hint_channels, hint_widths, c)
         self.rotations = nn.ParameterDict()
         for name, linear in self.projections(unet):
             d = linear.in_features // blocks
-            self.rotations[name] = nn.Parameter(torch.zeros(blocks, d, d))
+            zeros = torch.zeros(blocks, d, d, device=linear.weight.device)
+            self.rotations[name] = nn.Parameter(zeros)
 
     @staticmethod
     def projections(unet):
         """-> [(name, linear layer)] of everything that is rotated; parameter names have no dots."""
         found = []
         for name, module in unet.named_modules():
-            name = name.removesuffix(".0").replace(".", "/")  # of to_out.0
-            rotated = name.endswith(("/to_q", "/to_k", "/to_v", "/to_out", "/proj"))
-            if rotated and isinstance(module, nn.Linear):
-                found.append((name, module))
+            if name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0", ".proj")):
+                found.append((name.removesuffix(".0").replace(".", "/"), module))
         return found
 
     def attach(self, unet):

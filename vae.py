@@ -205,13 +205,15 @@ class VAE(nn.Module):
         mean, logvar = x.chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
-    def encode(self, image, sample=False):
-        """image [B,3,H,W] in [-1,1] -> scaled latent z [B,z,H/f,W/f]: the Gaussian's mean, or a
-        draw from it."""
-        z, logvar = self.moments(image)
-        if sample:
-            z = z + torch.exp(0.5 * logvar) * torch.randn_like(z)
+    def draw(self, mean, logvar):
+        """-> scaled latent z [B,z,H/f,W/f], a draw from the Gaussian of `moments`."""
+        z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
         return z * self.cfg.scale
+
+    def encode(self, image, sample=False):
+        """image [B,3,H,W] in [-1,1] -> scaled latent z [B,z,H/f,W/f]: a draw, or the mean."""
+        mean, logvar = self.moments(image)
+        return self.draw(mean, logvar) if sample else mean * self.cfg.scale
 
     def decode(self, z):
         """Scaled latent z [B,z,h,w] -> image [B,3,h*f,w*f], about [-1,1] (not clamped)."""

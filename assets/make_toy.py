@@ -92,10 +92,6 @@ def toy_pixels(toy, index, device):
     return image.contiguous(memory_format=torch.channels_last)
 
 
-def draw_latents(mean, logvar):
-    return mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
-
-
 # -- the autoencoder -------------------------------------------------------------------------------
 
 
@@ -117,7 +113,7 @@ def vae_loss(args, vae, toy, step):
     """L1, weighted by local contrast since small objects live by their edges; a small KL term."""
     x = toy_pixels(toy, draw_scenes(toy, args.batch), args.device)
     mean, logvar = vae.moments(x)
-    error = vae.decode(draw_latents(mean, logvar)) - x
+    error = vae.decode(vae.draw(mean, logvar)) - x
     blurred = F.avg_pool2d(F.pad(x, (3, 3, 3, 3), mode="reflect"), 7, 1)
     contrast = (x - blurred).abs().mean(1, keepdim=True)
     weight = 1 + 8 * contrast
@@ -227,7 +223,7 @@ def make_base(args):
     ids, present = tokenize_scenes(text, toy)
     ids = ids.to(args.device)
 
-    loss = partial(base_loss, args, trained, averaged, moments, ids, present)
+    loss = partial(base_loss, args, vae, trained, averaged, moments, ids, present)
     modules = {"text": text, "unet": unet, "averaged": averaged}
     train_stage(args, modules, loss, ["noise"])
     write_parts(args, {"text": averaged[0], "unet": averaged[1]}, ids.unique())
@@ -254,14 +250,13 @@ def tokenize_scenes(text, toy):
     return ids, torch.from_numpy(present).float()
 
 
-def base_loss(args, trained, averaged, moments, ids, present, step):
+def base_loss(args, vae, trained, averaged, moments, ids, present, step):
     """The noise loss. One caption in ten is empty (for guidance), one in seven names a class of the
     scene ("A photo of car"), so that class embeddings mean something."""
     text, unet = trained
     scenes, B = len(present), args.batch
     index = torch.randint(0, scenes, (B,))
-    mean, logvar = moments[index.to(args.device)].float().chunk(2, dim=1)
-    x0 = draw_latents(mean, logvar)
+    x0 = vae.draw(*moments[index.to(args.device)].float().chunk(2, dim=1))
     choice = torch.rand(B)
     photo = scenes + present[index].multinomial(1)[:, 0]
     words = index.where(choice > 0.25, photo).where(choice > 0.1, len(ids) - 1)

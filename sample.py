@@ -61,12 +61,11 @@ EDITS = ("{caption}, night scene", "{caption}, snowy scene", "{caption}, foggy s
 # -- the model -------------------------------------------------------------------------------------
 
 
-def load_model(path=ADAPTER, sd=None, device="cpu", merge=True, data=None, embeddings=None):
+def load_model(path=ADAPTER, sd=None, device="cpu", data=None, embeddings=None):
     """An adapter's file (all that aldm.read_adapter reads) on the frozen Stable Diffusion `sd`
-    (None: the preset's own) -> ALDM on `device`, ready for sampling.
+    (None: the preset's own) -> ALDM on `device`, fast, and unfit for training: OFT's rotations go
+    into the weights, and on CUDA the UNet and the adapter become bf16.
 
-    merge         make it fast, and unfit for training: OFT's rotations go into the weights, and
-                  on CUDA the UNet and the adapter become bf16
     data          another dataset than the one that the file names, of the same classes
     embeddings    a file of class embeddings, instead of the adapter's own
 
@@ -75,7 +74,7 @@ def load_model(path=ADAPTER, sd=None, device="cpu", merge=True, data=None, embed
     meta, parts = read_adapter(path)
     classes = classes_of(meta, path, data)
     device = torch.device(device)
-    fast = merge and device.type == "cuda"
+    fast = device.type == "cuda"
     # OFT multiplies the UNet's weights: rotate them in fp32, round afterwards.
     dtype = torch.bfloat16 if fast and meta["adapter"] != "oft" else torch.float32
     unet, vae, text, _ = load_frozen(meta["preset"], sd, device, dtype)
@@ -93,7 +92,7 @@ def load_model(path=ADAPTER, sd=None, device="cpu", merge=True, data=None, embed
              "was trained with as --class-embeddings")
     load_into(model.adapter, parts["adapter"], path)
     model.to(device)
-    if merge and model.kind == "oft":
+    if model.kind == "oft":
         OFT.merge(model.unet)
     if fast:
         model.unet.bfloat16()
@@ -439,9 +438,9 @@ def frechet_distance(mu1, cov1, mu2, cov2):
 
 
 def share_among(points, others, k=3):
-    """The share of points [M,C] that lie among the others [L,C]: nearer to one of them than its
-    own k-th neighbour. Of fakes among the real, it is the precision of Kynkaanniemi et al. 2019;
-    of the real among the fakes, the recall."""
+    """The share of points [M,C] that lie among the others [L,C]: no farther from one of them than
+    that one's own k-th neighbour is. Of fakes among the real, it is the precision of Kynkaanniemi
+    et al. 2019; of the real among the fakes, the recall."""
     radius = torch.cdist(others, others).kthvalue(k + 1).values  # (the nearest is itself)
     return (torch.cdist(points, others) <= radius).any(1).double().mean().item()
 
@@ -654,8 +653,8 @@ def choose_judges(args, model):
     """--judge, --prompts, and what there is on this machine -> those arguments of `evaluate` that
     judge, by name."""
     chosen = {}
-    if is_toy(model):
-        parts = load_weights(args.sd or base_file("toy"))
+    parts = load_weights(args.sd or base_file("toy")) if is_toy(model) else {}
+    if "judge" in parts:
         chosen["judge"], chosen["classifier"] = toy_judges(parts, model.device)
     if args.judge:
         judge, chosen["unjudged"] = load_judge(args.judge, model.preset, model.classes)
@@ -743,6 +742,7 @@ def measure(run, device, repeat):
         run()
     cuda = device.type == "cuda"
     if cuda:
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     seconds = []
     for _ in range(repeat):
@@ -1000,12 +1000,13 @@ def parse_args(argv=None):
     add("--out", metavar="DIR", default="samples", help="(samples)")
     add("--json", metavar="FILE", help="of --evaluate (default: evaluation.json in --out)")
     add("--n", type=number(1, kind=int), help="images per layout (default: 1; --evaluate: 2)")
-    add("--seed", type=number(0, 2 ** 32 - 1, int), default=0, help="of the first image (0)")
+    add("--seed", type=number(0, 2 ** 32 - 1, int), default=0, help="of --layout's first image; "
+        "elsewhere mixed with each image's name (0)")
     add("--steps", type=number(1, 1000, int), default=25, help="of DDIM (25)")
     add("--cfg", type=number(0), help="guidance scale, 1 for none (toy: 5, sd15: 7.5)")
     add("--eta", type=number(0, 1), default=0.0, help="0: deterministic, 1: as noisy as DDPM")
-    add("--size", type=number(0, kind=int), help="shorter side in pixels; of files, 0: as it is "
-        "(default: at most the training size)")
+    add("--size", type=number(0, kind=int), help="shorter side in pixels (default: the training "
+        "size, or a smaller file's own); 0: a file's own")
     add("--batch", type=number(1, kind=int), default=8, help="images at a time (8)")
     add("--judge", nargs="+", metavar="FILE", help="segmenter that judges: one of train.py's, or "
         "mit-semseg's encoder and decoder")

@@ -38,9 +38,9 @@ from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from aldm import (ALDM, PRESETS, Schedule, TextEncoder, check_finite, load_class_embeddings,
-                  load_frozen, load_into, load_segmenter, pick_device, read_adapter, save_adapter,
-                  save_tensors, unrolled_adversarial_loss)
+from aldm import (ALDM, LAST, OFFICIAL, PRESETS, Schedule, TextEncoder, check_finite,
+                  load_class_embeddings, load_frozen, load_into, load_segmenter, pick_device,
+                  read_adapter, save_adapter, save_tensors, unrolled_adversarial_loss)
 from data import (ASSETS, IGNORE, InputError, Toy, atomic, batches, class_table, colorize,
                   open_dataset, refuse, remove_leftovers, write_png, write_text)
 from discriminator import (Bottleneck, UperNet, confusion_matrix, discriminator_loss, mean_iou,
@@ -182,9 +182,9 @@ def update(optimizer, losses):
     -> 1.0 where the step was dropped, else 0.0 [scalar]. Nothing here waits for the GPU: the fused
     optimisers look at `found_inf` themselves.
     """
-    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    average([p.grad for p in params] + [*losses.values()])
-    norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+    grads = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+    average([*grads, *losses.values()])
+    norm = torch.nn.utils.get_total_norm(grads)
     finite = torch.stack([norm, *losses.values()]).isfinite().all()
     optimizer.found_inf = (~finite).float()
     optimizer.step()
@@ -223,7 +223,7 @@ class Job:
     stream: Callable  # first step -> endless batches from there on
     rates: list       # (optimiser, function: step -> learning rate)
     step: Callable    # batch, step -> {name: scalar}, "dropped" among them
-    columns: list     # of log.csv: all the names that `step` may give
+    columns: list     # of log.csv: the names that step and show may give, but for "dropped"
     show: Callable = None    # step -> {name: scalar}: draws the run's pictures
     export: Callable = None  # step: writes what users take from the run
 
@@ -240,16 +240,19 @@ def fit(job, args):
         for step in range(first, args.steps):
             # All randomness of a step comes from its number: a resumed run is as one never stopped.
             torch.manual_seed(hash((args.seed, step, rank())) % 2 ** 63)
+            batch, trouble = None, "another process was stopped"
             try:
                 batch = next(stream)
             except InputError as error:  # an image that can no longer be read
+                trouble = error
+            if largest(int(batch is None)):  # all processes stop where one must
                 if step > first:
                     log.flush()
                     save_checkpoint(out, job, step, args)
-                raise Stopped(f"step {step}: {error}")
+                largest(0)  # no process ends before it is written
+                raise Stopped(f"step {step}: {trouble}")
             for optimizer, rate in job.rates:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate(step)
+                optimizer.param_groups[0]["lr"] = rate(step)
             losses = job.step(batch, step)
             done = step + 1
             at_end = done == args.steps
@@ -301,7 +304,6 @@ def load_checkpoint(out, job, args):
     Raises InputError where the run is of other settings, already longer than --steps, or where all
     checkpoints are damaged.
     """
-    saved = None
     damaged = []
     for path in reversed(checkpoints(out)):
         try:
@@ -309,9 +311,10 @@ def load_checkpoint(out, job, args):
             break
         except Exception:  # whatever the two libraries raise at a damaged file
             damaged.append(str(path))
-    if saved is None and damaged:
-        raise InputError(f"{damaged[0]}: damaged, and no checkpoint is whole; choose another --out")
-    if saved is None:
+    else:
+        if damaged:
+            raise InputError(f"{damaged[0]}: damaged, and no checkpoint is whole; choose another "
+                             "--out")
         note(f"{out}: nothing to resume yet, so it starts at step 0")
         return 0
     if damaged:
@@ -331,7 +334,18 @@ def load_checkpoint(out, job, args):
         note(f"{path}: its run had {'; '.join(differ)}")
     for name, part in job.state.items():
         part.load_state_dict(saved[name])
+    for optimizer, _ in job.rates:
+        match_strides(optimizer)
     return saved["step"]
+
+
+def match_strides(optimizer):
+    """Lay the moments out in memory as their weights are, which the fused kernels take for granted:
+    of the device that a checkpoint was written on, `make_fast` may have asked another layout."""
+    for p, moments in optimizer.state.items():
+        for name, t in moments.items():
+            if t.shape == p.shape:  # not the number of the step
+                moments[name] = torch.empty_like(p).copy_(t)
 
 
 def read_checkpoint(path):
@@ -345,15 +359,16 @@ def checkpoints(out):
     return sorted(out.glob("checkpoint_" + "[0-9]" * 7 + ".pt"))
 
 
-# Flags that a resumed run may change without a word.
-OF_NO_EFFECT = {"root", "out", "lock", "workers", "cache", "device", "recompute", "compile",
-                "resume", "steps", "save_every", "keep", "sample_every", "adapter_dtype", "eval",
-                "before", "test", "starts_below"}
+# Flags that a resumed run may change without a word. (Where rates fall until the end of the run,
+# --steps moves it.)
+MAY_CHANGE = {"root", "out", "lock", "workers", "cache", "device", "recompute", "compile",
+              "resume", "steps", "save_every", "keep", "sample_every", "adapter_dtype", "eval",
+              "before", "test", "starts_below"}
 
 
 def flags_of(args):
-    """All other flags, as plain values: what a step computes depends on them."""
-    return {name: str(value) for name, value in vars(args).items() if name not in OF_NO_EFFECT}
+    """All other flags, as plain values: a resumed run names those that differ."""
+    return {name: str(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
 
 
 class Stopped(Exception):
@@ -361,7 +376,8 @@ class Stopped(Exception):
 
 
 class Log:
-    """log.csv, a row per step; on a GPU written in tens, as reading a loss makes the CPU wait."""
+    """log.csv, a row per step; on a GPU written ten at a time, as reading a loss makes the CPU
+    wait."""
 
     def __init__(self, path, columns, first):
         self.path = path
@@ -406,7 +422,7 @@ class Log:
 
 
 def open_run(args):
-    """Make --out, for this process alone, without what a killed run has left half-written."""
+    """Make --out, lock it for this run, and remove what a killed run has left half-written."""
     out = Path(args.out)
     if rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -430,8 +446,8 @@ def refuse_second_run(args):
 
 @contextmanager
 def guarded(out):
-    """Within it SIGINT and SIGTERM are not obeyed, but noted in the list that it yields; what stops
-    the run is told with the checkpoint that is left."""
+    """Within it SIGINT and SIGTERM are only noted, in the list that it yields; an error that ends
+    the run becomes Stopped, which names the last good checkpoint."""
     noted = []
     before = [signal.signal(which, lambda which, _: noted.append(which)) for which in SIGNALS]
     try:
@@ -512,6 +528,8 @@ def train_adapter(args):
     if done == 0 and (out / "judged.json").exists():
         note(f"{out}: finished already, nothing is changed")
         return
+    if rank() == 0:
+        draw_curves(out / "log.csv", out / "curves.png")  # with the last step's losses
     # Of the whole training, also where this process has seen only its end.
     seconds = (time.time() - began) * args.steps / done if done else None
     after = judge_toy(model, parts, args)
@@ -575,9 +593,10 @@ def build(args):
         load_segmenter(args.segmenter, discriminator, classes)
     elif "segmenter" in init:
         load_segmenter(init["segmenter"], discriminator, classes, start)
-    elif "segmenter" in parts:  # the toy's
-        toy = {"names": class_table("toy").names}
-        load_segmenter(parts["segmenter"], discriminator, classes, toy)
+    elif "segmenter" in parts:  # the toy's, or that of an official checkpoint
+        outputs = len(parts["segmenter"][LAST[1]])
+        names = class_table(OFFICIAL.get(outputs, "toy")).names
+        load_segmenter(parts["segmenter"], discriminator, classes, {"names": names})
     elif args.discriminator != "none":
         note("the discriminator starts at random; a pretrained one trains more stably: --segmenter")
     discriminator.to(device)
@@ -650,7 +669,8 @@ def save_pictures(args, model, discriminator, items, step):
     label = torch.stack([item["label"] for item in items]).to(model.device)
     image = torch.stack([item["image"] for item in items]).to(model.device)
     captions = [item["caption"] for item in items]
-    samples = generate(model, label, captions, seeds=range(len(items)), steps=args.ddim_steps)
+    samples = generate(model, label, captions, seeds=range(len(items)), steps=args.ddim_steps,
+                       batch=args.batch)
     with autocast(args):
         x0 = model.vae.encode(image)
         t = torch.full((len(items),), 401, device=model.device)
@@ -807,10 +827,12 @@ def train_segmenter(args):
         load_segmenter(args.segmenter, net, real.classes)
     net.to(args.device, memory_format=torch.channels_last).train()
     opt = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-4, fused=True)
+    for p in net.parameters():  # which torch leaves uninitialised where the first step is dropped
+        opt.state[p]["momentum_buffer"] = torch.zeros_like(p)
     meta = dict(preset=args.preset, dataset=real.classes.key, names=list(real.classes.names),
                 normalize=net.normalize)
-    out = open_run(args)
-    done = fit(Job(
+    open_run(args)
+    fit(Job(
         state={"segmenter": net, "opt": opt},
         meta=meta,
         stream=partial(mixed_stream, args, real, extra),
@@ -818,7 +840,7 @@ def train_segmenter(args):
         step=partial(segmenter_step, args, net, opt),
         columns=["ce"],
         export=partial(export_segmenter, args, net, meta)), args)
-    if rank() == 0 and (done or not (out / "segmenter.json").exists()):
+    if rank() == 0:
         test_segmenter(args, net.eval(), tests)
 
 
@@ -837,7 +859,7 @@ def mixed_stream(args, real, extra, first):
 
 
 def polynomial(args, step):
-    """Linear up in 50 steps, and down to 0 at the end: mit-semseg's learning rate."""
+    """Linear up in 50 steps, then mit-semseg's polynomial, down to 0 at the end."""
     return args.lr * min(1, (step + 1) / 50) * (1 - step / args.steps) ** 0.9
 
 
@@ -908,12 +930,14 @@ def bench(args):
         moments = torch.cat(model.vae.moments(items.pop("image").to(device)), 1).detach()
         items |= {"moments": moments, "context": model.text.encode(items.pop("caption"))}
     args.ramp, args.d_start, args.lazy = (0, 1), 0, 8  # step 8 is adversarial, 9 is not
-    count = sum(p.numel() for group in opt_g.param_groups for p in group["params"]) / 1e6
+    count = sum(p.numel() for p in model.adapter.parameters()) / 1e6
     print(f"{device_name(device)}, preset {args.preset}, {args.size} x {args.size}, batch {B}, "
           f"{args.adapter} ({count:.1f} M weights), {'bf16' if args.bf16 else 'fp32'}")
     print(f"{'':36}{'TFLOP':>9}{'ms':>10}{'TFLOP/s':>9}{'GiB peak':>10}")
     for title, step in (("noise step", 9), (f"adversarial step, K = {args.unroll}, with D's", 8)):
         run = partial(adapter_step, args, model, discriminator, opt_g, opt_d, items, step)
+        if args.compile:
+            run()  # under the counter of `measure` nothing is compiled
         flops, seconds, peak = measure(run, device, args.repeat)
         tera = flops / 1e12
         print(f"{title:36}{tera:9.3g}{seconds * 1e3:10.1f}{tera / seconds:9.3g}{peak:10.2f}")
@@ -973,7 +997,8 @@ def add_method_flags(add):
     add("--unroll-grad", choices=["first", "each", "full"],
         help="the estimates that carry gradient")
     add("--ddim-steps", type=whole(1, 1000), default=25, help="of chain and pictures (default 25)")
-    add("--t-max", type=whole(1, 1000), default=1000, help="chains start below it (default 1000)")
+    add("--t-max", type=whole(1, 1000), default=1000, help="chains start at a t below\n"
+        "(default 1000)")
     add("--lr", type=number(0, exclusive=True), help="the adapter's, AdamW")
     add("--warmup", type=whole(1), default=20, help="steps until --lr is reached (default 20)")
     add("--lr-d", type=number(0, exclusive=True), help="D's maximum, AdamW")
@@ -991,12 +1016,12 @@ def add_run_flags(add):
     add("--seed", type=whole(0, 2 ** 32 - 1), default=0, help="of everything (default 0)")
     add("--device", help="cpu or cuda (default: cuda if there)")
     add("--bf16", action="store_true", help="autocast on a CPU, too: faster where it has AMX")
-    add("--recompute", action="store_true", help="blocks anew in the backward pass: saves memory")
+    add("--recompute", action="store_true", help="blocks again in the backward pass: saves memory")
     add("--compile", action="store_true", help="compile the blocks: slow to start, then faster")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add("--save-every", type=whole(1), help="steps between checkpoints")
     add("--keep", type=whole(1), default=2, help="checkpoints that stay (default 2)")
-    add("--adapter-dtype", choices=["fp16", "bf16", "fp32"], default="fp16",
+    add("--adapter-dtype", choices=list(DTYPES), default="fp16",
         help="of adapter*.safetensors (default fp16)")
     add("--sample-every", type=whole(1), help="steps between pictures")
     add("--eval", type=whole(0), default=96, help="toy layouts that are judged (default 96)")
@@ -1035,8 +1060,10 @@ def complete(args):
     if args.train == "segmenter":
         defaults |= SEGMENTER_DEFAULTS
     fill_in(args, defaults)
-    name = Path(args.data.replace(":", "-")).name
-    args.out = args.out or f"runs/{name if args.train == 'adapter' else f'{name}-segmenter'}"
+    name = Path(args.data.replace(":", "-")).resolve().name
+    if args.train == "segmenter":
+        name += "-segmenter"
+    args.out = args.out or f"runs/{name}"
     args.device = pick_device(args.device)
     if args.device == "cpu":  # whose flash attention is slow backwards in bf16
         torch.backends.cuda.enable_flash_sdp(not args.bf16)

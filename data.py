@@ -73,8 +73,8 @@ def split_key(data):
 def class_table(data):
     """data: "toy", "cityscapes", "ade20k", "coco", or a folder with classes.txt -> Classes.
 
-    A part of a dataset ("toy:night", "cityscapes:fog") has the classes of the whole, and Classes
-    are given back. Raises InputError for any other name, and for a list with mistakes.
+    A part of a dataset ("toy:night", "cityscapes:fog") has the classes of the whole; Classes are
+    returned as they are. Raises InputError for any other name, and for a list with mistakes.
     """
     if isinstance(data, Classes):
         return data
@@ -573,7 +573,7 @@ class Street:
         return int(kerb - away if is_left else kerb + away)
 
     def shade_ground(self):
-        """Ends the painting: sets .label, .ground and .small (bool), .far -> image float32."""
+        """Ends the painting: sets .light, .label, .ground and .small (bool), .far -> image."""
         image, self.light, self.label, far = map(np.asarray, self.canvases)
         self.ground = np.isin(self.label, GROUND)[..., None]
         self.small = np.isin(self.label, SMALL)[..., None]
@@ -1048,7 +1048,7 @@ def find_pairs(data, root, split):
             raise InputError(f"{data}: no {split} files {root}/{places[0]}.png: {source}")
         results.append(found)
     if "images/*" in patterns[0] and split == "val" and not Path(root, "images", split).is_dir():
-        print(f"{root}: without images/val, val are the training's images", file=sys.stderr)
+        print(f"{root}: has no images/val: the training's images serve as val", file=sys.stderr)
     return results
 
 
@@ -1081,10 +1081,9 @@ class Pairs(Scenes):
         self.names = list(self.shapes)
         if broken:
             report = "\n  ".join([
-                f"{root}: {len(broken)} of {len(names)} pairs of {split} are broken",
-                *broken[:5], "mend them, or leave them out with --skip-broken"])
+                f"{root}: {len(broken)} of {len(names)} pairs of {split} are broken", *broken[:5]])
             if not skip_broken or not self.names:
-                raise InputError(report)
+                raise InputError(f"{report}\n  mend them, or leave them out with --skip-broken")
             print(report, file=sys.stderr)
         if self.captions and not self.captions.keys() & self.shapes.keys():
             raise InputError(

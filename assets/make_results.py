@@ -4,7 +4,8 @@
 
 Each row is train.py with some flags, run with each seed into a folder of its own under --runs. What
 is finished there is kept: the same command goes on after a stop, and tables share their runs. The
-folders are named by the flags: after a change of the code or of its defaults take a new --runs.
+folders are named by the rows' flags: after a change of the code, of its defaults or of
+--train-flags take a new --runs.
 """
 import argparse
 import json
@@ -67,8 +68,8 @@ PROMPTS = ("a street at night", "a street in fog", "a street in snow", "a street
 
 
 def finish(out, flags, product, args):
-    """Run train.py in the folder `out`, or go on with it, unless its last file is there, the JSON
-    `product`. -> what that holds"""
+    """-> what the JSON file out/product holds, the last that train.py writes; where it is not there
+    yet, train.py is run, or resumed, in `out`."""
     if not (out / product).exists():
         command = [sys.executable, str(ROOT / "train.py"), "--resume", "--keep", "1",
                    *shlex.split(flags), *shlex.split(args.train_flags), "--out", str(out)]
@@ -77,7 +78,7 @@ def finish(out, flags, product, args):
 
 
 def call(command):
-    """Run a command to its end. Where we are stopped, it is, too, and may save before it ends."""
+    """Run a command to its end. If we are stopped, so is it, and we wait until it has saved."""
     print(shlex.join(command[1:]), flush=True)
     with subprocess.Popen(command) as process:
         try:
@@ -158,7 +159,7 @@ def main():
     p.add_argument("--runs", type=Path, required=True, help="folder of the runs")
     p.add_argument("--out", type=Path, required=True, help="the Markdown file")
     p.add_argument("--seeds", type=number(1, kind=int), default=3)
-    p.add_argument("--train-flags", default="", help="given to every run, in one string")
+    p.add_argument("--train-flags", default="", help="given to every run: --train-flags='--bf16'")
     p.add_argument("--adapter", type=Path, default=ROOT / "assets" / "toy_aldm.safetensors",
                    help="whose images generalisation uses")
     p.add_argument("--mix", type=number(0, 1), nargs="+", default=[0.25])

@@ -6,8 +6,8 @@
     python assets/make_toy.py adapters --out DIR    a ControlNet by the noise loss, ALDM from there
     python assets/make_toy.py pictures --out DIR    toy.png and the example layouts
 
-In this order: each fills DIR/toy.safetensors, or uses it; DIR/STAGE holds its checkpoints, from
-which --resume goes on. The shipped base was trained twice: 8,000 steps with the defaults, then,
+In this order: each fills DIR/toy.safetensors, or uses it; DIR/STAGE (of adapters DIR/toy_controlnet
+and DIR/toy_aldm) holds its checkpoints, from which --resume goes on. The shipped base was trained twice: 8,000 steps with the defaults, then,
 with DIR/base out of the way, `base --start DIR/toy.safetensors --steps 6800 --lr 6e-4 --scenes
 40000`.
 """
@@ -33,7 +33,8 @@ from aldm import (JUDGE, PRESETS, Schedule, TextEncoder, load_into, load_weights
                   save_base)
 from data import DOMAINS, IGNORE, InputError, Toy, class_table, colorize, toy_scene, write_png
 from discriminator import Classifier, UperNet
-from sample import from_pixels, generate, grid, load_model, number
+from make_results import call
+from sample import from_pixels, generate, grid, load_model, number, toy_judges
 from train import Job, Stopped, autocast, cosine, fill_in, fit, open_run, paint, update
 from unet import UNet
 from vae import VAE
@@ -140,8 +141,7 @@ def linear_start(vae, image):
     patches = F.pixel_unshuffle(image, vae.cfg.patch)
     x = patches.permute(0, 2, 3, 1).flatten(0, 2)  # (n, 3 patch^2)
     m = x.mean(0)
-    covariance = (x - m).double().T @ (x - m).double()
-    _, eigenvectors = torch.linalg.eigh(covariance)  # ascending
+    _, eigenvectors = torch.linalg.eigh(torch.cov(x.double().T))  # ascending
     V = eigenvectors.flip(1)[:, :z].float()
     s = ((x - m) @ V).std()
     encoder, decoder = vae.encoder, vae.decoder
@@ -215,8 +215,8 @@ def make_base(args):
     unet = UNet(preset.unet).to(args.device, memory_format=torch.channels_last)
     if args.start:
         start = load_weights(args.start)
-        load_into(text, start["text"], args.start)
-        load_into(unet, start["unet"], args.start)
+        load_into(text, start.get("text", {}), args.start)
+        load_into(unet, start.get("unet", {}), args.start)
     trained = nn.ModuleList([text, unet])
     averaged = copy.deepcopy(trained).requires_grad_(False)
     moments = encode_scenes(vae, toy, args.device)
@@ -277,8 +277,9 @@ def base_loss(args, vae, trained, averaged, moments, ids, present, step):
 
 
 def make_judges(args):
-    """The segmenter that the discriminator starts from, on clear days only; and the judges, which
-    no training sees, in all weathers: a segmenter at full resolution, and a classifier of them."""
+    """The segmenter that the discriminator starts from, trained on clear days only; and the judges,
+    in all weathers, for no other training: a segmenter at full resolution, a classifier of the
+    weather."""
     N = len(class_table("toy").names)
     torch.manual_seed(args.seed)
     nets = {
@@ -326,35 +327,54 @@ def make_adapters(args):
 
 def run_train(args, name, init, flags):
     out = Path(args.out)
-    command = [sys.executable, str(ROOT / "train.py"), "--resume", "--device", args.device,
-               "--sd", str(out / "toy.safetensors"), "--init", init, "--out", str(out / name),
-               *flags.split()]
+    command = [sys.executable, str(ROOT / "train.py"), "--device", args.device, "--seed",
+               str(args.seed), "--sd", str(out / "toy.safetensors"), "--init", init,
+               "--out", str(out / name), *flags.split()]
+    if args.resume:
+        command.append("--resume")
     if args.bf16:
         command.append("--bf16")
-    subprocess.run(command, check=True)
+    call(command)
     shutil.copy(out / name / "adapter.safetensors", out / f"{name}.safetensors")
 
 
 def make_pictures(args):
-    """toy.png: layout, real, noise loss, ALDM, and ALDM in other weathers; layout_1..3.png."""
+    """toy.png: layout, real image, noise loss and ALDM with their errors, ALDM in other weathers;
+    layout_1..3.png. Prints the share of wrong pixels of both adapters, of 32 layouts."""
     out = Path(args.out)
     for i in range(3):
         write_png(out / f"layout_{i + 1}.png", colorize(toy_scene(10_000_001 + i)[1], "toy"))
-    scenes = [toy_scene(10_000_000 + i) for i in (1, 3, 4, 6, 8)]
-    images, labels, _ = zip(*scenes)
-    labels = torch.from_numpy(np.stack(labels)).long()
-    columns = {"layout": paint(labels, "toy"), "real": images}
-    for title, adapter, weather in (
-            ("noise loss", "toy_controlnet", "on a clear day"),
-            ("ALDM", "toy_aldm", "on a clear day"),
-            ("ALDM, night", "toy_aldm", "at night"),
-            ("ALDM, snow", "toy_aldm", "in snow"),
-            ("ALDM, fog", "toy_aldm", "in fog")):
+    judge, _ = toy_judges(load_weights(out / "toy.safetensors"), args.device)
+    toy = Toy("val", length=32)
+    labels = torch.from_numpy(toy.labels).long()
+    shown = [30, 29, 5, 19, 2]
+    columns = {"layout": paint(labels[shown], "toy"), "real": toy.images[shown]}
+    for title, adapter in ("noise loss", "toy_controlnet"), ("ALDM", "toy_aldm"):
         model = load_model(out / f"{adapter}.safetensors", out / "toy.safetensors", args.device)
-        prompts = [f"a street {weather}"] * len(scenes)
-        columns[title] = generate(model, labels, prompts, range(len(scenes)))
+        images = generate(model, labels, ["a street on a clear day"] * 32, range(32))
+        wrong = find_errors(judge, images, labels, args.device)
+        print(f"{title}: {wrong.mean():.1%} of the pixels are wrong")
+        columns[title] = images[shown]
+        columns[f"{title}: wrong"] = [mark(images[i], wrong[i]) for i in shown]
+    for weather in ("at night", "in snow", "in fog"):
+        prompts = [f"a street {weather}"] * len(shown)
+        columns[f"ALDM, {weather}"] = generate(model, labels[shown], prompts, shown)
     rows = list(zip(*columns.values()))
     write_png(out / "toy.png", grid(rows, titles=list(columns)))
+
+
+@torch.no_grad()
+def find_errors(judge, images, labels, device):
+    """-> bool [B,H,W] (numpy): where the judge reads another class than the layout's"""
+    found = judge(from_pixels(images, device)).argmax(1).cpu()
+    return ((found != labels) & (labels != IGNORE)).numpy()
+
+
+def mark(image, wrong):
+    """An image in pale grey, its wrong pixels in red."""
+    pixels = (150 + 0.35 * image.mean(2, keepdims=True)).repeat(3, axis=2)
+    pixels[wrong] = 230, 0, 0
+    return pixels.astype(np.uint8)
 
 
 STAGES = {"vae": make_vae, "base": make_base, "judges": make_judges, "adapters": make_adapters,
@@ -369,7 +389,7 @@ def main():
     p.add_argument("--steps", type=number(1, kind=int))
     p.add_argument("--batch", type=number(1, kind=int))
     p.add_argument("--lr", type=number(0, exclusive=True))
-    p.add_argument("--scenes", type=number(100, kind=int), default=20_000, help="trained on")
+    p.add_argument("--scenes", type=number(100, kind=int), default=20_000, help="how many are trained on")
     p.add_argument("--seed", type=number(0, kind=int), default=0)
     p.add_argument("--device")
     p.add_argument("--bf16", action="store_true")
@@ -383,6 +403,8 @@ def main():
         args.bf16 = args.bf16 or args.device != "cpu"
         Path(args.out).mkdir(parents=True, exist_ok=True)
         STAGES[args.stage](args)
+    except KeyboardInterrupt:
+        raise SystemExit(130)
     except (InputError, OSError, Stopped, subprocess.CalledProcessError) as error:
         print(f"make_toy.py: {error}", file=sys.stderr)
         raise SystemExit(2)

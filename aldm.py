@@ -80,7 +80,7 @@ JUDGE = dict(layers=(1, 1, 1, 1), width=8, fpn_dim=24, stem_stride=1)  # the toy
 def pick_device(name=None):
     """--device: "cpu", "cuda", "cuda:1" -> the same; None: cuda if there is one, else cpu.
 
-    On a CPU this also sets torch up for it. Raises InputError if there is no such device.
+    This also sets torch up for it. Raises InputError if there is no such device.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     found = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
@@ -90,6 +90,8 @@ def pick_device(name=None):
         keep_memory()
     elif int(found[1] or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: there is no such CUDA device; use --device cpu")
+    elif found[1]:
+        torch.cuda.set_device(name)  # else the loader would take memory of the first one
     return name
 
 
@@ -129,7 +131,7 @@ class TextEncoder(TextTransformer):
         for row, text in zip(ids, texts):
             tokens = [self.START, *byte_pairs().encode(text)[:75]]
             row[:len(tokens)] = torch.tensor(tokens)
-        return ids.to(self.positional_embedding.device)
+        return ids.to(self.positional_embedding.device, non_blocking=True)
 
     def cut(self, text):
         """The words of `text` beyond the 75 tokens that the model sees, or an empty string."""
@@ -230,7 +232,8 @@ class Schedule(nn.Module):
 
     def a(self, t):
         """a_t [B,1,1,1] for t [B] or a number; past the chain's end (t < 0) it is a_0, not 1."""
-        t = torch.as_tensor(t, device=self.alphas_cumprod.device)
+        if not torch.is_tensor(t):
+            t = torch.full((1,), t, device=self.alphas_cumprod.device)
         return self.alphas_cumprod[t.clamp(min=0)].view(-1, 1, 1, 1)
 
     def add_noise(self, x0, t, noise):

@@ -1167,18 +1167,19 @@ def batch_keys(n, batch, seed, step, rank, world):
     return keys
 
 
-def batches(dataset, batch, seed, start=0, workers=0, rank=0, world=1):
+def batches(dataset, batch, seed, start=0, workers=0, rank=0, world=1, pin=False):
     """Endless batches of stacked items, from number `start` on.
 
     Batch `step` depends on (seed, step, rank, world) alone: neither on the workers nor on where the
-    run began. Raises InputError for a file that can no longer be read, from workers as well.
+    run began. pin: in pinned memory, for a GPU. Raises InputError for a file that can no longer be
+    read, from workers as well.
     """
     keys = (batch_keys(len(dataset), batch, seed, step, rank, world)
             for step in itertools.count(start))
     # With a generator of its own, the loader does not draw from torch's global one.
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=keys, num_workers=workers, persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(), generator=torch.Generator())
+        pin_memory=pin, generator=torch.Generator())
     try:
         yield from loader
     except InputError as error:  # a worker's has its traceback before it

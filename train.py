@@ -555,7 +555,8 @@ def load_dataset(args, data, root, split, grid=None, augment=True):
 
 
 def stream(args, dataset, batch, first):
-    return batches(dataset, batch, args.seed, first, args.workers, rank(), world())
+    return batches(dataset, batch, args.seed, first, args.workers, rank(), world(),
+                   pin=args.device != "cpu")
 
 
 def build(args):
@@ -614,16 +615,15 @@ def make_fast(model, discriminator, args):
     UNet gains nothing on a CPU), --recompute and --compile, both block by block."""
     (model.vae if args.device == "cpu" else model).to(memory_format=torch.channels_last)
     discriminator.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    if args.recompute:  # (not D: its batch norms would count twice)
-        for module in model.modules():
-            if isinstance(module, (ResBlock, SpatialTransformer, ResnetBlock)):
-                module.forward = partial(checkpoint, module.forward, use_reentrant=False,
-                                         preserve_rng_state=False)
     if args.compile:
-        torch._dynamo.config.recompile_limit = 256  # shapes and gradients differ by block
-        for module in [*model.modules(), *discriminator.modules()]:
-            if isinstance(module, (ResBlock, SpatialTransformer, ResnetBlock, Bottleneck)):
-                module.compile(dynamic=False)
+        torch._dynamo.config.cache_size_limit = 256  # shapes and gradients differ by block
+    blocks = ResBlock, SpatialTransformer, ResnetBlock
+    for module in [*model.modules(), *discriminator.modules()]:
+        if args.compile and isinstance(module, (*blocks, Bottleneck)):
+            module.forward = torch.compile(module.forward, dynamic=False)
+        if args.recompute and isinstance(module, blocks):  # (not D: batch norms would count twice)
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False,
+                                     preserve_rng_state=False)
 
 
 def adapter_step(args, model, discriminator, opt_g, opt_d, items, step):
@@ -757,9 +757,10 @@ class Cache(torch.utils.data.Dataset):
             remove_leftovers(self.folder)
             write_text(sign, made_of)
         mine = range(rank(), len(dataset), world())
-        for i in tqdm(mine, "cache", disable=rank() > 0, mininterval=1):
-            if not self.is_whole(i):
-                self.write(i, model)
+        with torch.compiler.set_stance("force_eager"):  # nothing is compiled for one image's size
+            for i in tqdm(mine, "cache", disable=rank() > 0, mininterval=1):
+                if not self.is_whole(i):
+                    self.write(i, model)
         largest(0)  # until all have written
 
     def file(self, index):
@@ -1112,7 +1113,6 @@ def main():
             dist.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
             if args.device != "cpu":
                 args.device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-                torch.cuda.set_device(args.device)
         if args.bench:
             bench(args)
         elif args.train == "segmenter":

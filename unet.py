@@ -454,7 +454,8 @@ class Rotation(nn.Module):
         """-> R's blocks [blocks,d,d]."""
         S = (self.params - self.params.mT) / 2
         I = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
-        return torch.linalg.solve(I - S, I + S)  # the two factors commute
+        # The two factors commute. (solve_ex: no check of I - S, for which a GPU would be waited.)
+        return torch.linalg.solve_ex(I - S, I + S)[0]
 
     def forward(self, weight):
         """weight [o,blocks*d] -> the same shape and dtype; computed in the parameters' fp32."""

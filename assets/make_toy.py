@@ -6,10 +6,10 @@
     python assets/make_toy.py adapters --out DIR    a ControlNet by the noise loss, ALDM from there
     python assets/make_toy.py pictures --out DIR    toy.png and the example layouts
 
-In this order: each fills DIR/toy.safetensors, or uses it; DIR/STAGE (of adapters DIR/toy_controlnet
-and DIR/toy_aldm) holds its checkpoints, from which --resume goes on. The shipped base was trained twice: 8,000 steps with the defaults, then,
-with DIR/base out of the way, `base --start DIR/toy.safetensors --steps 6800 --lr 6e-4 --scenes
-40000`.
+In this order: each fills DIR/toy.safetensors, or uses it; DIR/STAGE (of adapters, DIR/toy_controlnet
+and DIR/toy_aldm) holds its checkpoints, from which --resume goes on. The shipped base was trained
+twice: 8,000 steps with the defaults, then, with DIR/base out of the way, `base --start
+DIR/toy.safetensors --steps 6800 --lr 6e-4 --scenes 40000`.
 """
 import argparse
 import copy
@@ -389,7 +389,7 @@ def main():
     p.add_argument("--steps", type=number(1, kind=int))
     p.add_argument("--batch", type=number(1, kind=int))
     p.add_argument("--lr", type=number(0, exclusive=True))
-    p.add_argument("--scenes", type=number(100, kind=int), default=20_000, help="how many are trained on")
+    p.add_argument("--scenes", type=number(100, kind=int), default=20_000, help="of the training")
     p.add_argument("--seed", type=number(0, kind=int), default=0)
     p.add_argument("--device")
     p.add_argument("--bf16", action="store_true")

@@ -91,7 +91,7 @@ def pick_device(name=None):
     elif int(found[1] or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: there is no such CUDA device; use --device cpu")
     elif found[1]:
-        torch.cuda.set_device(name)  # else the loader would take memory of the first one
+        torch.cuda.set_device(name)  # else the loader would use the first
     return name
 
 

@@ -6,7 +6,7 @@
     python assets/make_toy.py adapters --out DIR    a ControlNet by the noise loss, ALDM from there
     python assets/make_toy.py pictures --out DIR    toy.png and the example layouts
 
-In this order: each fills DIR/toy.safetensors, or uses it; DIR/STAGE (of adapters, DIR/toy_controlnet
+In this order: each fills DIR/toy.safetensors, or uses it; DIR/STAGE (of adapters DIR/toy_controlnet
 and DIR/toy_aldm) holds its checkpoints, from which --resume goes on. The shipped base was trained
 twice: 8,000 steps with the defaults, then, with DIR/base out of the way, `base --start
 DIR/toy.safetensors --steps 6800 --lr 6e-4 --scenes 40000`.

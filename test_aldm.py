@@ -2432,7 +2432,8 @@ def test_compiled_blocks_compute_the_same(recompute):
     compiled, x = copy.deepcopy(plain), torch.randn(2, 32, 16, 16)
     compiled.vae = compiled["vae"]
     train.make_fast(compiled, nn.Identity(), SimpleNamespace(device="cpu", compile=True, recompute=recompute))
-    torch.compiler.reset(), torch._dynamo.utils.counters.clear()
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
     values = [net["vae"](x) for net in (plain, compiled)]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0 and torch.allclose(*values, atol=1e-5)
     for value in values:

@@ -338,6 +338,7 @@ def run_train(args, name, init, flags):
     shutil.copy(out / name / "adapter.safetensors", out / f"{name}.safetensors")
 
 
+@torch.no_grad()
 def make_pictures(args):
     """toy.png: layout, real image, noise loss and ALDM with their errors, ALDM in other weathers;
     layout_1..3.png. Prints the share of wrong pixels of both adapters, of 32 layouts."""
@@ -352,7 +353,8 @@ def make_pictures(args):
     for title, adapter in ("noise loss", "toy_controlnet"), ("ALDM", "toy_aldm"):
         model = load_model(out / f"{adapter}.safetensors", out / "toy.safetensors", args.device)
         images = generate(model, labels, ["a street on a clear day"] * 32, range(32))
-        wrong = find_errors(judge, images, labels, args.device)
+        found = judge(from_pixels(images, args.device)).argmax(1).cpu()
+        wrong = ((found != labels) & (labels != IGNORE)).numpy()
         print(f"{title}: {wrong.mean():.1%} of the pixels are wrong")
         columns[title] = images[shown]
         columns[f"{title}: wrong"] = [mark(images[i], wrong[i]) for i in shown]
@@ -361,13 +363,6 @@ def make_pictures(args):
         columns[f"ALDM, {weather}"] = generate(model, labels[shown], prompts, shown)
     rows = list(zip(*columns.values()))
     write_png(out / "toy.png", grid(rows, titles=list(columns)))
-
-
-@torch.no_grad()
-def find_errors(judge, images, labels, device):
-    """-> bool [B,H,W] (numpy): where the judge reads another class than the layout's"""
-    found = judge(from_pixels(images, device)).argmax(1).cpu()
-    return ((found != labels) & (labels != IGNORE)).numpy()
 
 
 def mark(image, wrong):

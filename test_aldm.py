@@ -364,6 +364,10 @@ def test_rectified_attention_keeps_classes_apart():
     assert torch.allclose(layout["context"], model.text(model.text.tokenize(["road,car,"])), atol=1e-5)
     shut = [(~layout["mask"][0, :, row, 0]).nonzero()[:, 0].tolist() for row in (0, 10, 15)]
     assert shut == [[1, 2], [3, 4], [1, 2, 3, 4]] and layout["mask"].shape == (1, 77, 16, 16)
+    x, t = torch.randn(1, 16, 16, 16), torch.tensor([500])
+    day, night, road = (model.eps(x, t, [words], y) for words, y in (("day", label), ("night", label),
+                                                                     ("day", torch.zeros_like(label))))
+    assert torch.equal(day, night) and not torch.allclose(day, road, atol=1e-3)     # the prompt is passed over
 
 
 def test_class_hint_folded_with_its_table(scene):
@@ -2529,10 +2533,11 @@ def test_bench(train_cli):
 # -- the discriminator's start, rate and fakes -----------------------------------------------------
 
 
-@pytest.mark.parametrize("ramp,shares", [((0, 1), [1, 2, 3, 3, 2, 1]), ((50, 60), [2, 2, 2, 2, 2, 2])])
-def test_the_discriminator_sees_every_t(ramp, shares):
+@pytest.mark.parametrize("ramp,starts_below,shares", [
+    ((0, 1), 6, [1, 2, 3, 3, 2, 1]), ((50, 60), 6, [2, 2, 2, 2, 2, 2]), ((50, 60), 5, [2, 2, 2, 2, 2, 2])])
+def test_the_discriminator_sees_every_t(ramp, starts_below, shares):
     """Its fakes are estimates at every step of the DDIM subset: with K = 3 a start in 3, 4, 5, then one of the four
-    from there down; before the ramp, where nothing is unrolled, all alike."""
+    from there down; before the ramp, where nothing is unrolled, all alike, whatever --t-max is."""
     schedule = Schedule()
 
     def eps(x_t, t, *_):                                            # of which the estimate is t / 1000
@@ -2543,12 +2548,14 @@ def test_the_discriminator_sees_every_t(ramp, shares):
                             vae=SimpleNamespace(decode=lambda z: z[:, :3]))
     batch = {"label": torch.zeros(4000, 2, 2).long(), "x0": torch.randn(4000, 4, 2, 2), "context": None}
     blind = lambda image: torch.zeros(len(image), 20, 2, 2)
-    _, _, fakes = train.generator_loss(model, blind, batch, 5,
-                                       setting(ramp=ramp, unroll=3, ddim_steps=6, starts_below=6))
+    args = setting(ramp=ramp, unroll=3, ddim_steps=6, starts_below=starts_below)
+    _, _, fakes = train.generator_loss(model, blind, batch, 5, args)
     t = (fakes[:, 0, 0, 0] * 1000).round().long()
     share = (t[:, None] == schedule.ddim_timesteps(6)).float().mean(0).numpy()
     assert share.sum() == pytest.approx(1)
     assert np.abs(share - np.array(shares) / 12).max() < 4 * np.sqrt(0.25 * 0.75 / 4000), share
+    args.d_start = 6
+    assert train.generator_loss(model, blind, batch, 5, args)[2] is None
 
 
 def test_the_discriminator_learning_rate_is_the_official_one_cycle():

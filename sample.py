@@ -282,7 +282,7 @@ def sample_layout(args, model):
             group = seeds[i:i + args.batch]
             images += [*generate(model, label.expand(len(group), -1, -1),
                                  [args.prompt] * len(group), group, **sampling(args),
-                                 on_step=lambda i, x0_hat: bar.update(len(x0_hat)))]
+                                 on_step=lambda _, x0_hat: bar.update(len(x0_hat)))]
             for seed, image in zip(group, images[i:]):
                 write_png(out / f"{stem}_{seed}.png", image)
     row = [np.asarray(colorize(label, model.classes)), *images]

@@ -2188,10 +2188,10 @@ def test_accumulated_batches_are_one_batch():
     assert near(joint, parted) and not near(joint, half)
 
 
-def slow_step(model, D, batch, args):
+def slow_step(model, D, batch, args, weight):
     """Sec. 3 as it is written, with none of our savings: the class embeddings looked up pixel by pixel, a graph through
     the whole UNet, every estimate decoded and judged on its own, loops over images and classes, a second pass for D's
-    fakes. -> losses, gradients of the adapter, gradients of D"""
+    fakes. weight: L_adv's. -> losses, gradients of the adapter, gradients of D"""
     label, x0, context = batch["label"], batch["x0"], batch["context"]
     a, timesteps = model.schedule.alphas_cumprod, model.schedule.ddim_timesteps(args.ddim_steps).tolist()
     noise = torch.randn_like(x0)                                    # the same draws, in the same order
@@ -2235,7 +2235,7 @@ def slow_step(model, D, batch, args):
     if args.unroll_grad == "first":         # the official code's: L_0 / stop(L_0) * mean
         mean = maps[0] / maps[0].detach().where(maps[0] != 0, 1) * mean
     noise_loss, adv = ((eps - noise) ** 2).mean(), mean.sum() / n_valid
-    (noise_loss + args.lambda_adv * adv).backward()
+    (noise_loss + weight * adv).backward()
     grads = [p.grad.clone() for p in model.adapter.parameters()]
 
     with torch.no_grad():
@@ -2256,13 +2256,15 @@ def test_a_step_computes_what_the_paper_says(mode):
     seen, (model, D, opt_g, opt_d, batch) = {}, make_trainee()
     for p in model.adapter.parameters():
         p.data += 0.02 * torch.randn_like(p)
-    slow_model, slow_D, args = copy.deepcopy(model), copy.deepcopy(D), setting(unroll=2, unroll_grad=mode)
+    slow_model, slow_D = copy.deepcopy(model), copy.deepcopy(D)
+    # At step 5 a quarter of lambda_adv, which is large, as an untrained D hardly has a gradient to give.
+    args = setting(unroll=2, unroll_grad=mode, lambda_adv=4e5, ramp=(4, 8))
     for opt in opt_g, opt_d:
         opt.step = lambda opt=opt: seen.update({opt: [p.grad.clone() for p in opt.param_groups[0]["params"]]})
     torch.manual_seed(0)
     losses = train.train_step(model, D, opt_g, opt_d, [batch], 5, args)
     torch.manual_seed(0)
-    want, adapter_grads, d_grads = slow_step(slow_model, slow_D, batch, args)
+    want, adapter_grads, d_grads = slow_step(slow_model, slow_D, batch, args, weight=1e5)
     for name, value in want.items():
         assert torch.allclose(losses[name], value, rtol=1e-4), name
     # (D learns with the statistics of its batch: over four images they amplify what is rounded)

@@ -8,6 +8,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")     # as the command lines do, b
 import base64
 import contextlib
 import copy
+import dataclasses
 import csv
 import functools
 import hashlib
@@ -1335,6 +1336,7 @@ def test_an_image_depends_on_its_own_seed_alone(toy_model, eta):
     assert alike(pairs[::-1], at_once)
     other = sample.generate(toy_model, labels[:1], prompts[:1], [8], **options)
     assert np.abs(other[0].astype(int) - at_once[0]).mean() > 2
+    assert len({sample.image_seed(seed, name) for seed in (0, 1) for name in ("x/0", "x/1", "y/0")}) == 6
 
 
 def test_generate_pads_with_void_and_crops_back(toy_model):
@@ -1401,8 +1403,12 @@ def test_frechet_distance_precision_recall():
     radius = np.sort(np.linalg.norm(real[:, None] - real, axis=-1), axis=1)[:, 3]
     inside = (np.linalg.norm(fake[:, None] - real, axis=-1) <= radius).any(1).mean()
     assert sample.share_among(t(fake), t(real)) == pytest.approx(inside) and 0 < inside < 1
-    one_mode = t(real[:10] * 1e-3)                          # precise, but without variety
-    assert sample.share_among(one_mode, t(real)) == 1 and sample.share_among(t(real), one_mode) < 0.2
+    one_mode = real[:10] * 1e-3                             # precise, but without variety
+    found = {kind: [] for kind in sample.KINDS}
+    found |= {kind: [(t(v), torch.eye(3))] for kind, v in (("real", real), ("generated", one_mode))}
+    result = sample.summarize_judgement(found, "abc", unjudged=())
+    assert result["precision"] == 1 and result["recall"] < 0.2
+    assert result["frechet_distance"] == pytest.approx(frechet_by_hand(real, one_mode), abs=1e-5)
 
 
 def test_toy_edit_names_another_domain():
@@ -1508,6 +1514,9 @@ def test_judges(tmp_path):
     assert torch.equal(judge.decoder.conv_last[1].weight, net.decoder.conv_last[1].weight[rows])
     assert unjudged == ["person", "rider", "bus", "train"]
     assert sample.load_judge(files, toy, class_table("ade20k"))[1] == []
+    poor = dataclasses.replace(classes, ade=(*[None] * 18, "bicycle"))
+    judge, unjudged = sample.load_judge(files, toy, poor)
+    assert unjudged == [*classes.names[:18]] and (judge(torch.rand(1, 3, 64, 64)).argmax(1) == 18).all()
 
     file, net = tmp_path / "ours.safetensors", UperNet(19, **toy.segmenter)
     tensors = {f"segmenter.{name}": t for name, t in net.state_dict().items()}

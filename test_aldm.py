@@ -360,7 +360,7 @@ def test_rotations_are_orthogonal_and_merge(scene):
 def test_rectified_attention_keeps_classes_apart():
     """Each pixel attends to the words of its own class, and to those that name none; the text is the classes' names."""
     model, label = tiny_model("freestyle"), torch.full((1, 64, 64), 13)
-    label[:, 32:], label[:, 60:] = 0, 255           # a car above, road below, then void; in the order of their ids
+    label[:, 28:], label[:, 60:] = 0, 255           # a car above, road below, then void; in the order of their ids
     layout = model.encode_layout(label)
     assert torch.allclose(layout["context"], model.text(model.text.tokenize(["road,car,"])), atol=1e-5)
     shut = [(~layout["mask"][0, :, row, 0]).nonzero()[:, 0].tolist() for row in (0, 10, 15)]
@@ -369,6 +369,30 @@ def test_rectified_attention_keeps_classes_apart():
     day, night, road = (model.eps(x, t, [words], y) for words, y in (("day", label), ("night", label),
                                                                      ("day", torch.zeros_like(label))))
     assert torch.equal(day, night) and not torch.allclose(day, road, atol=1e-3)     # the prompt is passed over
+
+    masks, attention = [], model.unet.input_blocks[4][1].transformer_blocks[0].attn2
+    attention.register_forward_pre_hook(lambda module, inputs: masks.append(inputs[2]))
+    model.eps(x, t, [""], layout)                   # of 8 x 8 pixels, each sees the words of its top left one
+    assert torch.equal(masks[0][0, 0], layout["mask"][0, :, ::2, ::2].flatten(1).T)
+
+
+def test_class_embeddings_are_of_photos_and_whitening_puts_them_equally_far_apart():
+    text = TextEncoder(32, 1, 2)
+    table = text.class_table(["car", "traffic sign"])
+    photos = text.tokenize(["A photo of car", "A photo of traffic sign", ""])
+    assert torch.allclose(table, text.pooled(photos), atol=1e-6)
+    white = aldm.whiten(5 + torch.randn(20, 96) / 100)
+    assert torch.allclose(torch.pdist(white), torch.tensor((2 * 96) ** 0.5), atol=1e-3)
+    assert white.mean(0).abs().max() < 1e-4
+
+
+def test_colours_of_a_hint():
+    city, ade = class_table("cityscapes"), class_table("ade20k")
+    own, of_ade = aldm.hint_palette(city, None), aldm.hint_palette(city, "ade20k")
+    assert own[13].mul(255).tolist() == pytest.approx([0, 0, 142]) and own[19].tolist() == [0, 0, 0]
+    assert of_ade[13].mul(255).tolist() == pytest.approx(ade.palette[ade.names.index("car")].tolist())
+    assert of_ade.shape == (20, 3) and of_ade[19].tolist() == [0, 0, 0]
+    assert torch.equal(aldm.hint_palette(ade, "ade20k")[:150] * 255, torch.tensor(ade.palette).float())
 
 
 def test_class_hint_folded_with_its_table(scene):

@@ -2608,6 +2608,13 @@ def test_the_discriminator_learning_rate_is_the_official_one_cycle():
     assert [*ends, train.one_cycle(args, args.steps)] == pytest.approx([1e-7, 1e-9, 1e-9])
 
 
+def test_the_rates_of_adapter_and_segmenter():
+    assert [train.warm_up(2e-3, 20, step) for step in (0, 9, 19, 500)] == pytest.approx([1e-4, 1e-3, 2e-3, 2e-3])
+    args = SimpleNamespace(lr=0.02, steps=1000)
+    rates = [train.polynomial(args, step) for step in (24, 500, 999)]
+    assert rates == pytest.approx([0.01 * 0.976 ** 0.9, 0.02 * 0.5 ** 0.9, 0.02 * 0.001 ** 0.9])
+
+
 def test_what_a_run_starts_from_stands_in_its_files(train_cli, tmp_path):
     """A discriminator from mit-semseg's files sees ImageNet's mean and deviation, the toy's does not; --init, the judge
     and a resumed run know it. --init takes its file's kind of adapter. A resumed run tells what differs."""

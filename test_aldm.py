@@ -2037,6 +2037,15 @@ def little_run(out, steps=4, step=None, show=None, stream=itertools.count, **kw)
     return layer, exported
 
 
+def test_the_randomness_of_a_step_comes_from_its_number_and_the_seed(tmp_path):
+    def draws(name, steps, **kw):
+        little_run(tmp_path / name, steps, **kw)
+        return [row["noise"] for row in csv.DictReader((tmp_path / name / "log.csv").read_text().splitlines())]
+    whole = draws("whole", 4)
+    assert len({*whole, *draws("other", 4, seed=1)}) == 8
+    assert draws("parts", 2) == whole[:2] and draws("parts", 4, resume=True) == whole
+
+
 def test_keeps_the_last_checkpoints_and_every_tenth_adapter(tmp_path, monkeypatch):
     (tmp_path / "checkpoint_best.pt").write_text("of the user")
     _, exported = little_run(tmp_path, 47, save_every=2, keep=3)
@@ -2094,7 +2103,7 @@ def test_the_picture_is_drawn_before_the_checkpoint(tmp_path):
 
 
 DROPPED = [     # what step i says, steps, why the run stops, its rows, its checkpoints
-    (lambda i: 3 <= i < 12 or i == 30, 99, "10 of the last 31", 31, [24, 30]),
+    (lambda i: 3 <= i < 11 or i in (23, 30), 99, "10 of the last 31", 31, [18, 30]),    # 24 ends with a dropped step
     (lambda i: 2 * (i % 2 == 0), 99, "10 of the last 19", 19, [12, 18]),
     (lambda i: 1, 3, "3 of the last 3", 3, [])]
 
@@ -2683,6 +2692,18 @@ def test_domain_generalisation_from_end_to_end(toy_world, tmp_path):
     assert results["cityscapes"]["mIoU"] > 0.1 and results["cityscapes"]["IoU"]["road"] > 0.3       # (random: 0.03)
     launch(sample, "--evaluate", *model, "--limit", 2, "--n", 1, "--judge", segmenter / "segmenter.safetensors",
            "--out", tmp_path / "judged")
+
+
+def test_synthetic_images_are_mixed_in():
+    """A share of each batch, equally from each folder; the labels go with their images."""
+    sets = [Toy("train", (domain,), length=20, augment=False) for domain in ("day", "night", "fog")]
+    args = SimpleNamespace(mix=0.5, batch=8, extra=["a", "b"], seed=0, workers=0, device="cpu")
+    batch = next(train.mixed_stream(args, sets[0], sets[1:], 0))
+    found = []
+    for image, label in zip(batch["image"], batch["label"]):
+        found += [domain for domain, toy in enumerate(sets) for i in range(20)
+                  if torch.equal(image, toy[i]["image"]) and torch.equal(label, toy[i]["label"])]
+    assert found == [0, 0, 0, 0, 1, 1, 2, 2]
 
 
 def test_windows_cover_the_whole_image():

@@ -1106,8 +1106,7 @@ class Pairs(Scenes):
         S = self.size
         if self.images[name].stem.endswith("_leftImg8bit") and (h, w) != (S, S):
             return S, 2 * S
-        H, W = (round(side * S / min(h, w) / self.grid) * self.grid for side in (h, w))
-        return max(S, H), max(S, W)
+        return tuple(round(side * S / min(h, w) / self.grid) * self.grid for side in (h, w))
 
     def read(self, index):
         name = self.names[index]

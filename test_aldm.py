@@ -1085,6 +1085,8 @@ def test_captions_of_a_folder(tmp_path):
     names = class_table("cityscapes").names
     assert data.compose_caption(blocks(10, 0, 13, 10, 0, 10, 255), names) == "a photo of sky, road and car"
     assert data.compose_caption(blocks(255), names) == "a photo"
+    six = "a photo of road, sidewalk, building, pole, traffic sign and vegetation"
+    assert data.compose_caption(blocks(0, 1, 2, 5, 7, 8, 9), names) == six
 
 
 def test_cocos_own_captions(tmp_path):
@@ -1295,6 +1297,8 @@ def test_batches_depend_on_seed_and_step_alone():
     order = torch.cat([b["index"] for b in run]).tolist()
     assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
     assert order[:10] != order[10:20]                                                 # every epoch in its own order
+    keys = [key for step in range(5) for key in data.batch_keys(10, 4, 3, step, 0, 1)]
+    assert len(set(keys)) == 20                                                       # and with crops of its own
     assert order != torch.cat([b["index"] for b in take(8, toy, 4, seed=4)]).tolist()
     small = take(1, Toy("val", length=3), 8, seed=0)[0]                               # larger than the dataset
     assert sorted(torch.bincount(small["index"]).tolist()) == [2, 3, 3]
@@ -2037,13 +2041,19 @@ def little_run(out, steps=4, step=None, show=None, stream=itertools.count, **kw)
     return layer, exported
 
 
-def test_the_randomness_of_a_step_comes_from_its_number_and_the_seed(tmp_path):
+def test_the_randomness_of_a_step_comes_from_its_number_the_seed_and_the_process(tmp_path, monkeypatch):
     def draws(name, steps, **kw):
-        little_run(tmp_path / name, steps, **kw)
-        return [row["noise"] for row in csv.DictReader((tmp_path / name / "log.csv").read_text().splitlines())]
-    whole = draws("whole", 4)
-    assert len({*whole, *draws("other", 4, seed=1)}) == 8
-    assert draws("parts", 2) == whole[:2] and draws("parts", 4, resume=True) == whole
+        drawn = []
+
+        def step(batch, i):
+            drawn.append(torch.rand(()).item())
+            return {"dropped": torch.tensor(0.)}
+        little_run(tmp_path / name, steps, step, **kw)
+        return drawn
+    whole, other = draws("whole", 4), draws("other", 4, seed=1)
+    assert draws("parts", 2) + draws("parts", 4, resume=True) == whole
+    monkeypatch.setattr(train, "rank", lambda: 1)
+    assert len({*whole, *other, *draws("whole", 4)}) == 12
 
 
 def test_keeps_the_last_checkpoints_and_every_tenth_adapter(tmp_path, monkeypatch):

@@ -933,6 +933,9 @@ def test_class_table_of_a_folder(tmp_path):
     assert read_blocks(path, tmp_path) == [0, 1, 4, 255]
     palette = write_classes(tmp_path, "\n".join(f"class{i}" for i in range(255))).palette
     assert len(np.unique(palette, axis=0)) == 255 and palette.any(1).all()
+    first = palette[0].tolist()                                     # a colour that is given is given to no other class
+    palette = write_classes(tmp_path, "a\nb {} {} {}".format(*first)).palette.tolist()
+    assert palette[1] == first != palette[0]
 
 
 @pytest.mark.parametrize("text", [
@@ -1043,6 +1046,9 @@ def test_real_cityscapes_frame():
     assert ids.shape == (1024, 2048) and (ids == colour).all() and 0 < (ids != train).float().mean() < 0.004
     image, label = data.Pairs("cityscapes", root, "val").full(0)
     assert image.shape == (3, 512, 1024) and torch.equal(label, ids[1::2, 1::2])           # halved by nearest
+    full = np.asarray(data.read_image(root / "leftImg8bit/val/frankfurt/frankfurt_000000_000576_leftImg8bit.png"))
+    mean = full.reshape(512, 2, 1024, 2, 3).mean((1, 3)) / 127.5 - 1                       # while the image is averaged
+    assert np.abs(image.permute(1, 2, 0).numpy() - mean).mean() < 0.006
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])

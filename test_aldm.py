@@ -1627,9 +1627,10 @@ def test_dataset_is_resumable_and_trains(cli, tmp_path):
     # what is missing comes back the same, also without shards; what is there is not touched, what a kill left goes
     before, times = pictures(made / "images"), {p: p.stat().st_mtime_ns for p in made.glob("*/*.png")}
     (made / "images" / "street1_0_0.png").unlink()
-    left = made / "labels" / ".999999999.a.png.part"
+    left, growing = (made / "labels" / f".{process}.a.png.part" for process in (999999999, os.getpid()))
     left.write_text("half")
-    assert "1 new images" in cli(*make)[1] and not left.exists()
+    growing.write_text("of a process that lives")
+    assert "1 new images" in cli(*make)[1] and not left.exists() and growing.exists()
     assert sum(p.stat().st_mtime_ns != t for p, t in times.items()) == 2
     after = pictures(made / "images")
     assert before.keys() == after.keys() and all(alike(before[name], after[name]) for name in before)

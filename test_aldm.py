@@ -2318,19 +2318,19 @@ def test_a_step_computes_what_the_paper_says(mode):
         p.data += 0.02 * torch.randn_like(p)
     slow_model, slow_D = copy.deepcopy(model), copy.deepcopy(D)
     # At step 5 a quarter of lambda_adv, which is large, as an untrained D hardly has a gradient to give.
-    args = setting(unroll=2, unroll_grad=mode, lambda_adv=4e5, ramp=(4, 8))
+    args = setting(unroll=2, unroll_grad=mode, lambda_adv=4e4, ramp=(4, 8))
     for opt in opt_g, opt_d:
         opt.step = lambda opt=opt: seen.update({opt: [p.grad.clone() for p in opt.param_groups[0]["params"]]})
     torch.manual_seed(0)
     losses = train.train_step(model, D, opt_g, opt_d, [batch], 5, args)
     torch.manual_seed(0)
-    want, adapter_grads, d_grads = slow_step(slow_model, slow_D, batch, args, weight=1e5)
+    want, adapter_grads, d_grads = slow_step(slow_model, slow_D, batch, args, weight=1e4)
     for name, value in want.items():
         assert torch.allclose(losses[name], value, rtol=1e-4), name
-    # (Rounding moves a few values across the kinks of D's ReLUs, and over four images D's batch norms amplify it.)
-    for got, grads in (seen[opt_g], adapter_grads), (seen[opt_d], d_grads):
+    # (D learns with the statistics of its batch: over four images they amplify what is rounded)
+    for got, grads, error in (seen[opt_g], adapter_grads, 1e-3), (seen[opt_d], d_grads, 1e-2):
         joint = [torch.cat([g.flatten() for g in gradients]) for gradients in (got, grads)]
-        assert joint[1].norm() > 1e-4 and (joint[0] - joint[1]).norm() < 1e-2 * joint[1].norm()
+        assert joint[1].norm() > 1e-4 and (joint[0] - joint[1]).norm() < error * joint[1].norm()
 
 
 def test_torchrun(flags, tmp_path):

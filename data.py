@@ -1,42 +1,44 @@
-"""Data: class tables, layout files, image/label pairs on disk, the toy world, captions, batches.
+"""Data: class tables, layout files, captions, image/label pairs on disk, batches, atomic files.
 
-A layout is a label map, int64 [H,W]: class ids 0..N-1, and 255 where nothing is known (void). Every
-dataset yields the same dict (see `Scenes`), and an item is a pure function of its key, so that a
-resumed run sees the very same batches.
-
-    python data.py --show world.png          eight layouts of the toy world in its five domains
-    python data.py --write-toy DIR           the toy world as files, in Cityscapes' folders
+A layout is a label map, int64 [H,W]: class ids 0..N-1, and 255 for void (no class, no loss).
+`Pairs` is the only data set. Its items depend on their keys alone, so a resumed run sees the same
+batches. `Layouts` reads label maps without images.
 """
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while the slow imports run
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
-import argparse
 import colorsys
 import contextlib
 import functools
+import glob
 import hashlib
 import itertools
 import json
+import multiprocessing.connection
+import os
 import re
-import sys
+import signal
+import unicodedata
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-IGNORE = 255  # the void label: no class, no loss
-MAX_PIXELS = 64 * 2**20  # a larger image is refused before it is decoded
-ASSETS = Path(__file__).parent / "assets"
-PICTURES = ".png", ".jpg", ".jpeg"  # the suffixes of image files, in any case
-Image.MAX_IMAGE_PIXELS = None  # open_image has a limit of its own
+from tools import toy_world
+
+HERE = Path(__file__).parent
+ASSETS = HERE / "assets"
+IGNORE = 255  # the void label
+MAX_PIXELS = 64 * 2**20  # larger images are refused before they are decoded
+FORMATS = "PNG", "JPEG", "WEBP", "BMP", "TIFF"  # PIL would start Ghostscript for others
+PICTURES = ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"  # suffixes, in any case
+LAYOUTS = ".png", ".bmp", ".tif", ".tiff"
+PUBLISHED = "toy", "cityscapes", "ade20k", "coco"
+Image.MAX_IMAGE_PIXELS = None  # `opened` has a limit of its own
 warnings.filterwarnings("ignore", "This process.*use of fork", DeprecationWarning)  # DataLoader's
 
 
@@ -45,21 +47,31 @@ class InputError(Exception):
 
 
 def refuse(message):
-    """What the command lines do with wrong arguments (argparse's `error`): one line, no usage."""
+    """argparse's `error` for the command lines: one line, no usage."""
     raise InputError(message)
+
+
+def read_text(path):
+    """A text file's content, or InputError."""
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("not a regular file")
+        return Path(path).read_text("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
 # -- class tables ----------------------------------------------------------------------------------
 
 @dataclass(frozen=True, eq=False)
 class Classes:
-    """What the ids and the colours in a dataset's label files mean. N classes."""
-    key: str  # "toy", "cityscapes", "ade20k", "coco", or a folder
+    """What the ids and the colours in a data set's label files mean. N classes."""
+    key: str  # one of PUBLISHED, or a folder
     names: tuple  # N str
-    palette: np.ndarray  # uint8 [N,3]; of twins, the first is read
+    palette: np.ndarray  # uint8 [N,3]; a shared colour reads as the first class
     ade: tuple  # N str or None: the nearest class of ADE20K
     file_ids: np.ndarray  # int16 [256]: id in a file -> class, 255 for void, -1 for no such id
-    void: np.ndarray  # uint8 [M,3]: the colours of void, black first
+    void: np.ndarray  # uint8 [M,3]: the colours of void
 
 
 def split_key(data):
@@ -73,81 +85,73 @@ def split_key(data):
 def class_table(data):
     """data: "toy", "cityscapes", "ade20k", "coco", or a folder with classes.txt -> Classes.
 
-    A part of a dataset ("toy:night", "cityscapes:fog") has the classes of the whole; Classes are
-    returned as they are. Raises InputError for any other name, and for a list with mistakes.
+    Parts of a data set ("toy:night", "cityscapes:fog") have the classes of the whole. Classes are
+    returned unchanged. Raises InputError for any other name, and for a list with mistakes.
     """
     if isinstance(data, Classes):
         return data
     key, _ = split_key(data)
-    if key == "toy":  # speaks Cityscapes
-        return published_classes(ASSETS / "cityscapes.txt", key)
-    if key in ("cityscapes", "ade20k", "coco"):
-        return published_classes(ASSETS / f"{key}.txt", key)
-    path = Path(key) / "classes.txt"
+    if key in PUBLISHED:
+        return published_classes(key)
+    path = Path(key, "classes.txt")
     if not path.is_file():
-        raise InputError(f"{key}: name toy, cityscapes, ade20k, coco or a folder with classes.txt")
+        raise InputError(f"{key}: expected {', '.join(PUBLISHED)} or a folder with classes.txt")
     return read_classes(path, key)
 
 
-HEADER = re.compile(r"((id|index)\W)?(name|class|label)(\Wr(ed)?\Wg(reen)?\Wb(lue)?)?", re.I)
-SEPARATOR = re.compile(r"\s*[,;:\t][\s,;:\t]*")
-CLASS = re.compile(r"""
-    (?:(\d+)[ ,][ ]*)?                                # an id, as other tools write it
-    ([^,#]*[^\W\d][^ ,#]*(?:[ ]+[^ ,#]+(?=,|$))?)     # the name
-    (?:[ ,]+(\d+)[ ,]+(\d+)[ ,]+(\d+)(?:,255)?)?     # R, G, B; an alpha of 255
-    """, re.VERBOSE)
+@functools.cache
+def published_classes(key):
+    name = "cityscapes" if key == "toy" else key  # the toy world has Cityscapes' classes
+    return read_classes(ASSETS / f"{name}.txt", key)
 
 
-def parse_class(line, file_id):
-    """A class's line, the id that it has by its place -> name, (R, G, B) or None, nearest or "".
+CLASS = re.compile(r"(\w[\w ()&'/.+-]*?)" + r"[ ,\t]+(\d{1,3})" * 3 + r"|(\w[\w ()&'/.+-]*)")
 
-    The name of void is "". Fields are set apart by spaces, or by some of , ; : and tabs. Raises
-    ValueError where the meaning is not plain, as in `platform 9 1 2 3`.
+
+def parse_class(line):
+    """`name [R G B] [= nearest class of ADE20K]` -> name ("" for void), (R, G, B) or None, nearest.
+
+    Fields are separated by spaces, commas or tabs. Raises ValueError for anything else.
     """
     entry, _, nearest = line.partition("=")
-    entry = SEPARATOR.sub(",", entry.replace('"', ""))
-    found = CLASS.fullmatch(entry.strip(" ,"))
+    found = CLASS.fullmatch(entry.rstrip(" ,\t"))
     if found is None:
-        raise ValueError("wanted is `name`, `name R G B` or `name, R, G, B`")
-    given_id, name, *colour = found.groups()
-    if given_id and int(given_id) != file_id:
-        raise ValueError(f"id {given_id} in the place of id {file_id}; `void` fills gaps")
-    if name.lower() == "void":
-        name = ""
-    if colour[0] is None:
-        return name, None, nearest.strip()
-    colour = tuple(int(value) for value in colour)
-    if max(colour) > 255:
-        raise ValueError("colours are numbers in 0..255")
-    return name, colour, nearest.strip()
+        raise ValueError("expected `name` or `name R G B`")
+    name = (found[1] or found[5]).strip()
+    if not re.search(r"[^\W\d_]", name) or re.search(r"(?<!\S)[\d.+-]*\d(?!\S)", name):
+        raise ValueError("a name consists of words, then come three numbers or none")
+    if re.fullmatch("__?(ignore|background|void)__?", name, re.I):
+        raise ValueError("write `void` for an id without a class, or `background` for a class")
+    colour = None
+    if found[1]:
+        colour = int(found[2]), int(found[3]), int(found[4])
+        if max(colour) > 255:
+            raise ValueError("colours are numbers in 0..255")
+    return "" if name.lower() == "void" else name, colour, nearest.strip()
 
 
 def read_classes(path, key):
-    """A list of classes, as assets/*.txt and a folder's classes.txt -> Classes.
+    """A class list, such as assets/*.txt and a folder's classes.txt -> Classes.
 
-    A line holds a class, `name` or `name R G B`, where needed with `= tree`, its nearest class of
-    ADE20K. The line's number is the id in label files, from 0; blank lines and lines with # are
-    passed over. `void`, perhaps with a colour, stands for an id without a class. A class without a
-    colour gets one of its own. Raises InputError that names the line.
+    Each line is a class (see `parse_class`). Its place is the id in label files, from 0; blank
+    lines and lines with # do not count. `void`, perhaps with a colour, stands for an id without a
+    class. Classes without a colour get one. Raises InputError that names the line.
     """
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    text = unicodedata.normalize("NFC", read_text(path))
     entries = []  # (name, colour, nearest) by the id in label files
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
-        if not line or line[0] == "#" or (not entries and HEADER.fullmatch(line)):
+        if not line or line[0] == "#":
             continue
         try:
-            entries.append(parse_class(line, file_id=len(entries)))
+            entries.append(parse_class(line))
         except ValueError as error:
             raise InputError(f"{path}, line {number}: {line!r}: {error}") from None
 
     is_class = np.array([name != "" for name, _, _ in entries], bool)
     if not is_class.any() or len(entries) > 255:
-        raise InputError(f"{path}: {is_class.sum()} classes on {len(entries)} lines: wanted are "
-                         "1 to 255")
+        raise InputError(f"{path}: {is_class.sum()} classes on {len(entries)} lines; expected 1 to "
+                         "255")
     names, colours, nearest = zip(*itertools.compress(entries, is_class))
     file_ids = np.full(256, -1, np.int16)
     file_ids[:len(entries)] = np.where(is_class, is_class.cumsum() - 1, IGNORE)
@@ -159,8 +163,12 @@ def read_classes(path, key):
         raise InputError(f"{path}: {', '.join(twins)} share colours: give each its own, or none")
     fresh = fresh_colours(taken)
     palette = np.array([colour or next(fresh) for colour in colours], np.uint8)
-    void = [colour for name, colour, _ in entries if colour and not name]
-    void = np.unique([(0, 0, 0), *void], axis=0).astype(np.uint8)
+    void = {colour for name, colour, _ in entries if colour and not name}
+    if (0, 0, 0) not in taken:
+        void.add((0, 0, 0))
+    if not void:  # black is a class
+        void.add(next(fresh))
+    void = np.array(sorted(void), np.uint8)
 
     known = names if key == "ade20k" else class_table("ade20k").names
     missing = set(nearest) - {"", *known}
@@ -169,9 +177,6 @@ def read_classes(path, key):
     nearest = [other or name for name, other in zip(names, nearest)]
     ade = tuple(name if name in known else None for name in nearest)
     return Classes(key, names, palette, ade, file_ids, void)
-
-
-published_classes = functools.cache(read_classes)  # (those of folders may change)
 
 
 def fresh_colours(taken):
@@ -186,12 +191,12 @@ def fresh_colours(taken):
 
 
 def classes_text(classes):
-    """The text of a classes.txt by which `class_table` knows these classes again, as ids 0..N-1."""
+    """The text of a classes.txt that `class_table` reads as these classes, with ids 0..N-1."""
     lines = []
     taken = []
     for name, colour, ade in zip(classes.names, classes.palette.tolist(), classes.ade):
         line = name
-        if colour not in taken:  # of twins, one has the colour
+        if colour not in taken:  # a shared colour stays with the first class
             line += ", {}, {}, {}".format(*colour)
         if ade not in (None, name):
             line += f" = {ade}"
@@ -202,120 +207,196 @@ def classes_text(classes):
 
 # -- image files -----------------------------------------------------------------------------------
 
-def open_image(path, decode=True):
-    """An image file -> PIL.Image in the file's own mode, turned as EXIF says.
+@contextlib.contextmanager
+def opened(file, name):
+    """Yields the PIL.Image of a path or a binary file, with only the header read.
 
-    decode=False: the file is only checked, which for PNG is faster. Raises InputError unless it is
-    a whole image of 8 x 8 to 64 Mpixel.
+    Whatever goes wrong, in decoding too, is raised as an InputError that begins with `name`.
     """
     try:
-        with Image.open(path) as image:  # reads the header only
+        if not hasattr(file, "read") and os.path.exists(file) and not os.path.isfile(file):
+            raise ValueError("not a regular file")
+        with Image.open(file, formats=FORMATS) as image:
             w, h = image.size
             if min(w, h) < 8 or w * h > MAX_PIXELS:
-                raise ValueError(f"{w} x {h} pixels; wanted are 8 x 8 to {MAX_PIXELS >> 20} Mpixel")
-            may_turn = image.format != "PNG" or "exif" in image.info
-            if decode or may_turn:
-                image.load()
-            else:
-                image.verify()
+                raise ValueError(f"{w} x {h} pixels; expected 8 x 8 to {MAX_PIXELS >> 20} Mpixel")
+            yield image
     except Exception as error:  # for a broken file PIL raises nearly anything
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: cannot be read as an image: {reason}") from None
-    if may_turn:
-        with contextlib.suppress(Exception):  # broken EXIF says nothing of the picture
-            ImageOps.exif_transpose(image, in_place=True)
+        raise InputError(f"{name}: cannot be read as an image: {reason}") from None
+
+
+def open_image(file, name=None):
+    """A path or a binary file -> PIL.Image in the file's own mode, turned as its EXIF data says.
+
+    name: what error messages call the file. Raises InputError unless it is a whole image of
+    8 x 8 pixels to 64 Mpixel.
+    """
+    with opened(file, name or file) as image:
+        image.load()
+        if image.mode == "P" and not (image.palette and image.getpalette("RGB")):
+            raise ValueError("a palette image without a palette")
+    with contextlib.suppress(Exception):  # broken EXIF data says nothing about the picture
+        ImageOps.exif_transpose(image, in_place=True)
     return image
 
 
-def read_image(path):
+def image_size(path):
+    """-> (width, height) of the upright picture, from the file's header alone."""
+    with opened(path, path) as image:
+        turn = 1
+        with contextlib.suppress(Exception):
+            turn = image.getexif().get(0x112, 1)
+        if turn in (5, 6, 7, 8) and image.format != "TIFF":  # PIL has turned TIFF's size already
+            return image.size[::-1]
+        return image.size
+
+
+def read_image(file, name=None):
     """A photo -> PIL.Image in RGB; 16 bits are scaled to 8 (PIL alone would clip grey to white)."""
-    image = open_image(path)
+    image = open_image(file, name)
     if image.mode[0] == "I":
         grey = np.asarray(image).clip(0, 65535) >> 8
         image = Image.fromarray(grey.astype(np.uint8))
     return image.convert("RGB")
 
 
-def find_images(folder, pattern="*", suffixes=(".png",)):
-    """-> sorted list of the image files in a folder, without hidden ones; suffixes in any case.
+def fail_to_list(error):
+    raise InputError(f"{error.filename}: {error.strerror}") from None
 
-    pattern: as in Path.glob, without the suffix. Raises InputError for names that are not UTF-8,
-    which caption files cannot hold.
+
+def find_images(folder, suffixes=(".png",)):
+    """-> sorted list of the image files in a folder and its subfolders, except hidden ones.
+
+    Raises InputError for a folder that cannot be listed, and for names that are not UTF-8, which
+    caption files cannot hold.
     """
     files = []
-    for file in sorted(Path(folder).glob(pattern + ".*")):
-        if file.suffix.lower() not in suffixes or file.name[0] == ".":
+    seen = set()  # symbolic links are followed, but not in circles
+    for place, folders, names in os.walk(folder, onerror=fail_to_list, followlinks=True):
+        if os.path.realpath(place) in seen:
+            folders.clear()
             continue
+        seen.add(os.path.realpath(place))
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        for name in names:
+            if name[0] != "." and name.lower().endswith(suffixes):
+                files.append(Path(place, name))
+    for file in files:
         try:
             file.name.encode()
         except UnicodeEncodeError:
             raise InputError(f"{str(file)!a}: a name that is not UTF-8: rename it") from None
-        files.append(file)
-    return files
+    return sorted(files)
+
+
+# What a label file's name says about it, after the name of its picture.
+KIND = re.compile(r"(_gtFine|_gtCoarse|_gt)?_(labelIds|labelTrainIds|trainIds|train_ids?|"
+                  r"color|labelColor|instanceIds|instanceTrainIds|invIds)$")
+CAMERA = re.compile("_(leftImg8bit|rgb_anon)$")
+RANKS = {"labelIds": 0, "labelTrainIds": 1, "trainIds": 1, "train_id": 1, "train_ids": 1,
+         None: 2, "color": 3, "labelColor": 3}  # the lowest is read; 4 for all others
+
+
+def spell(path):
+    """A picture's file name, in any spelling -> its name without suffix and camera, in NFC."""
+    path = unicodedata.normalize("NFC", str(path))
+    stem, suffix = os.path.splitext(path)
+    return CAMERA.sub("", stem if suffix.lower() in PICTURES else path)
+
+
+def by_name(files, folder, known=()):
+    """Files below a folder -> {name: path}, and a list with a note on what was chosen, if anything.
+
+    Names are relative paths without suffix, in NFC. Of the files of one picture ("x_gtFine_color",
+    "x_gtFine_labelIds") one is taken, and the name is the picture's, unless the whole name is
+    `known`. Raises InputError for two files of one name.
+    """
+    groups = {}
+    for path in files:
+        name = spell(path.relative_to(folder).as_posix())
+        found = None if name in known else KIND.search(name)
+        kind = found and found[2]
+        name = name[:found.start()] if found else name
+        groups.setdefault(name, []).append((RANKS.get(kind, 4), path, kind or "plain"))
+    chosen = {}
+    kinds = set()
+    for name, group in groups.items():
+        (rank, path, kind), *others = sorted(group)
+        if others and others[0][0] == rank:
+            raise InputError(f"{path} and {others[0][1]}: two files of one name; remove one")
+        if others:
+            kinds.add(kind)
+        chosen[name] = path
+    notes = [f"of several files for one picture: {' and '.join(sorted(kinds))}"] if kinds else []
+    return chosen, notes
 
 
 # -- layout files ----------------------------------------------------------------------------------
 
-def read_layout(path, dataset):
+def read_layout(file, dataset, coding=None, name=None):
     """A layout file -> label int64 [H,W], 255 = void.
 
-    dataset: a key, a folder with classes.txt, or a Classes. Taken are ids in one channel (those of
-    the dataset's own files, and -1 and 255 for void; see `choose_ids` for Cityscapes' two kinds),
-    colours in RGB or RGBA, and palette PNGs (see `choose_colours`). Black and transparent are void.
+    file: a path or a binary file. dataset: a key, a folder with classes.txt, or Classes. name: what
+    messages call the file; it may tell the coding of its ids. coding: "own" or "train" (see
+    `id_table`), for a file whose name does not tell; None: its ids decide. Accepts single-channel
+    ids, colours in RGB or RGBA, and palette PNGs (see `read_palette`). Transparent pixels are void.
     Raises InputError for anything else.
     """
     classes = class_table(dataset)
-    image = open_image(path)
-    clear = find_transparent(image, path)
+    name = str(name or file)
+    values, is_coloured = read_values(file, classes, name)
+    if not is_coloured:
+        coding = coding_of_name(name, classes) or coding
+        if coding is None:
+            coding, _ = decide_coding(np.unique(values), classes)
+        values = classes_of_ids(values, classes, coding, name)
+    return torch.from_numpy(values.astype(np.int64))
+
+
+def read_values(file, classes, name):
+    """A layout file -> values int [H,W], is_coloured.
+
+    Coloured files: classes 0..N-1 and 255, as their colours tell. Others: their ids, and -1 for
+    void in every coding, which is transparent pixels and Cityscapes' licence plates.
+    """
+    image = open_image(file, name)
+    clear = find_transparent(image, name)
+    is_jpeg = image.format == "JPEG"
     if image.mode in ("LA", "RGBA"):
         image = image.convert(image.mode[:-1])
     pixels = np.asarray(image)
     if image.mode == "RGB":
-        label = colour_table(classes)[pack(pixels)]
-        wanted = "its own RGB colours as PNG, resized by nearest, or ids in a single channel"
-    elif image.format != "JPEG" and image.mode in ("1", "L", "P", "I", "I;16", "I;16B"):
-        ids = np.where(pixels == -1, IGNORE, pixels)  # -1: Cityscapes' license plate
-        table = choose_ids(ids, classes, Path(path).name)
-        if image.mode == "P":
-            table = choose_colours(image, ids[~clear], table, classes, path)
-        is_byte = (ids >= 0) & (ids <= 255)
-        label = np.where(is_byte, table[ids.clip(0, 255)], -1)
-        wanted = f"ids 0-{np.flatnonzero(table[:IGNORE] >= 0).max()}, 255 for void"
-    else:
-        raise InputError(f"{path}: {image.format} of mode {image.mode} holds no layout: save 8-bit "
-                         "ids or RGB colours as PNG")
-    unknown = (label < 0) & ~clear
-    if unknown.any():
-        values, counts = np.unique(pixels[unknown], axis=0, return_counts=True)
-        most = values[counts.argmax()].tolist()
-        raise InputError(f"{path}: {unknown.sum()} pixels are no class of {classes.key}, most "
-                         f"often {most}: wanted are {wanted}")
-    return torch.from_numpy(np.where(clear, IGNORE, label).astype(np.int64))
+        values = colour_table(classes)[pack(pixels)]
+        values[clear] = IGNORE
+        if values.min() < 0:
+            strange = np.unique(pixels[values < 0], axis=0)
+            raise InputError(
+                f"{name}: {(values < 0).sum()} pixels in colours that {classes.key} does not have, "
+                f"such as {strange[0].tolist()}: save its own RGB colours as PNG, resized by "
+                "nearest, or ids in a single channel")
+        return values, True
+    if is_jpeg or image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+        raise InputError(f"{name}: a file of mode {image.mode}{', JPEG,' if is_jpeg else ''} holds "
+                         "no layout: save 8-bit ids or RGB colours as PNG")
+    values = pixels.astype(np.int32)
+    values[clear] = -1
+    if image.mode == "P":
+        table = read_palette(image, np.unique(values), classes, name)
+        if table is not None:
+            return table[values], True
+    return values, False
 
 
-def find_transparent(image, path):
-    """-> bool [H,W], or a single False: pixels that an alpha channel or PNG's tRNS chunk hides."""
+def find_transparent(image, name):
+    """-> bool [H,W]: the pixels that an alpha channel or PNG's tRNS chunk hides."""
     if not image.has_transparency_data:
-        return np.False_
+        return np.zeros(image.size[::-1], bool)
     alpha = np.asarray(image.convert("RGBA").getchannel("A"))
     half = np.count_nonzero((alpha > 0) & (alpha < 255))
     if half:
-        raise InputError(f"{path}: {half} pixels are half transparent: save it opaque (alpha 255)")
+        raise InputError(f"{name}: {half} pixels are half transparent: save it opaque (alpha 255)")
     return alpha == 0
-
-
-def choose_ids(ids, classes, name):
-    """The ids [H,W] of a file of this name -> the table that they follow, as Classes.file_ids.
-
-    Cityscapes has two kinds of files, labelIds (0..33) and labelTrainIds (0..18). The file's name
-    tells which; where it does not, any of 19..33 means labelIds, and otherwise they are train ids.
-    """
-    if classes.key not in ("toy", "cityscapes"):
-        return classes.file_ids
-    has_label_ids = ((ids > 18) & (ids < 34)).any()
-    if "labelIds" in name or (has_label_ids and "labelTrainIds" not in name):
-        return classes.file_ids
-    return np.array([*range(19), *[-1] * 236, IGNORE], np.int16)
 
 
 def pack(rgb):
@@ -329,90 +410,366 @@ def colour_table(classes):
     table = np.full(2**24, -1, np.int16)
     table[pack(classes.void)] = IGNORE
     ids = np.arange(len(classes.names))
-    table[pack(classes.palette)[::-1]] = ids[::-1]  # backwards: of twins, the first stays
+    table[pack(classes.palette)[::-1]] = ids[::-1]  # backwards, so that the first of twins remains
     return table
 
 
-def choose_colours(image, ids, table, classes, path):
-    """A palette image, its ids in sight -> the table that they follow, as Classes.file_ids.
+def read_palette(image, ids, classes, name):
+    """Whether a palette image is read by its colours: their classes, int16 [257] by id; or None.
 
-    That is the one given, unless the palette's colours are the dataset's and say something else:
-    then these count, as image editors and quantisers number colours anew. Raises InputError where
-    half of its colours or more are, or are within 8 of, the classes' and say something else, but
-    not all the dataset's.
+    Colours count if all those in use are the data set's, ids if none is. Black, which fills
+    palettes, and a ramp of greys decide nothing. Raises InputError if only some are the data set's.
     """
-    palette = np.zeros((256, 3), int)
+    palette = np.zeros((256, 3), np.int32)
     entries = np.reshape(image.getpalette("RGB"), (-1, 3))
     palette[:len(entries)] = entries
-    used = np.unique(ids)  # (n,)
+    used = ids[ids >= 0]
     colours = palette[used]
-    by_id = table[used]
-    by_colour = colour_table(classes)[pack(colours)]
-    of_class = np.full((256, 3), 999)  # of void and of no class: far from any colour
-    of_class[:len(classes.names)] = classes.palette
-    off = np.abs(colours[:, None] - of_class).max(-1)  # (n, 256): in the worst channel
-    off_by_id = off[np.arange(len(used)), by_id]
-    tells = by_colour != IGNORE
-    if tells.any() and (by_colour >= 0).all():
-        table = table.copy()
-        table[used] = np.where(off_by_id == 0, by_id, by_colour)
-        return table
-    near = tells & (off.min(1) <= 8)
-    if 2 * near.sum() >= tells.sum() and (off_by_id[near] > 8).any():
-        strange = [tuple(colour) for colour in colours[by_colour < 0].tolist()]
-        raise InputError(f"{path}: its palette is {classes.key}'s in another order, but for "
-                         f"{strange[:4]}: mend these colours, or save ids in a single channel")
+    told = colour_table(classes)[pack(colours)]
+    is_known = told[colours.any(1)] >= 0
+    if not is_known.any() or (colours == used[:, None]).all():
+        return None
+    if not is_known.all():
+        strange = colours[told < 0].tolist()
+        raise InputError(f"{name}: {is_known.sum()} of its palette's colours are {classes.key}'s, "
+                         f"others such as {strange[0]} are not: mend these, or save ids in a "
+                         "single channel")
+    first = np.full(257, -1)  # of each class: the first class of its colour
+    first[:len(classes.names)] = colour_table(classes)[pack(classes.palette)]
+    first[IGNORE] = IGNORE
+    for coding in ("own", "train"):
+        by_id = id_table(classes, coding)[used]
+        if (first[by_id] == told).all():  # a palette in the order of the ids tells twins apart
+            told = by_id
+            break
+    table = np.full(257, -1, np.int16)
+    table[used] = told
+    table[-1] = IGNORE
     return table
+
+
+# Published label files have one of two codings. "own": the ids as published, such as labelIds.
+# "train": the classes' numbers 0..N-1 and 255 for void, such as labelTrainIds. What a file's name
+# says is true. All other files of a folder have one coding, which is decided once.
+
+@functools.lru_cache(maxsize=8)
+def id_table(classes, coding):
+    """-> int16 [258]: the class of ids 0..255 in a coding, 255 for void, -1 for none.
+
+    [256] is -1, for all other ids; [-1] is void.
+    """
+    table = np.full(258, -1, np.int16)
+    if coding == "own" or classes.key not in PUBLISHED:
+        table[:256] = classes.file_ids
+    else:
+        table[:len(classes.names)] = np.arange(len(classes.names))
+        if len(classes.names) == 19:
+            table[19] = IGNORE  # a common void in Cityscapes' train ids
+    table[[IGNORE, -1]] = IGNORE
+    return table
+
+
+def clip_ids(ids):
+    """ids int [...] -> indices of `id_table`."""
+    return np.where((ids < -1) | (ids > 255), 256, ids)
+
+
+def classes_of_ids(ids, classes, coding, name):
+    """ids int [...] in a coding -> classes int16 [...]; InputError for ids without a class."""
+    table = id_table(classes, coding)
+    label = table[clip_ids(ids)]
+    if label.min() < 0:
+        strange = np.unique(ids[label < 0])
+        most = np.flatnonzero(table[:IGNORE] >= 0).max()
+        raise InputError(f"{name}: {classes.key} has no class for the ids {strange[:5].tolist()}: "
+                         f"expected 0 to {most}, and 255 for void")
+    return label
+
+
+def coding_of_name(name, classes):
+    """-> the coding that a label file's name tells, or None."""
+    if classes.key in PUBLISHED:
+        if re.search(r"[tT]rainIds|_train_ids?(?![A-Za-z])", Path(name).name):
+            return "train"
+        if "labelIds" in Path(name).name:
+            return "own"
+    return None
+
+
+def fits(ids, classes, coding):
+    """Whether label files of a coding can hold these ids."""
+    table = id_table(classes, coding)
+    label = table[clip_ids(ids)]
+    possible = label >= 0
+    if coding == "own" and classes.key == "ade20k":
+        possible &= ids != IGNORE  # void is 0 there
+    if coding == "own" and classes.key == "coco":
+        possible &= (label != IGNORE) | (ids == IGNORE)  # eleven ids are not in use
+    return possible.all()
+
+
+def decide_coding(ids, classes):
+    """The distinct ids of files whose names tell nothing -> their coding, and another possible one.
+
+    The only coding that fits, otherwise the default: train ids for Cityscapes, own ids for others.
+    The second value is None if the other coding does not fit, or means the same.
+    """
+    if classes.key not in PUBLISHED:
+        return "own", None
+    ids = ids[ids != -1]
+    default, other = ("train", "own") if len(classes.names) == 19 else ("own", "train")
+    if not fits(ids, classes, other):
+        return default, None
+    if not fits(ids, classes, default):
+        return other, None
+    a, b = (id_table(classes, coding)[ids] for coding in (default, other))
+    return default, None if (a == b).all() else other
 
 
 def colorize(label, dataset):
-    """label [H,W] -> PIL.Image RGB in the dataset's palette, void in black."""
+    """label [H,W] -> PIL.Image RGB in the data set's palette, void in its first colour (black)."""
     classes = class_table(dataset)
-    palette = np.zeros((256, 3), np.uint8)
+    palette = np.empty((256, 3), np.uint8)
+    palette[:] = classes.void[0]
     palette[:len(classes.names)] = classes.palette
     return Image.fromarray(palette[np.asarray(label)])
 
 
+# -- what a folder of layouts holds ----------------------------------------------------------------
+
+def attempt(function, name):
+    """-> the function's result, or the InputError that it raised."""
+    try:
+        return function(name)
+    except InputError as error:
+        return error
+
+
+def try_all(function, names, title):
+    """Calls function(name) for each name, in threads -> {name: result}, {name: InputError}."""
+    with ThreadPoolExecutor() as pool:
+        results = pool.map(partial(attempt, function), names)
+        results = tqdm(results, title, len(names), leave=False, disable=len(names) <= 500)
+        results = dict(zip(names, results))
+    broken = {name: x for name, x in results.items() if isinstance(x, InputError)}
+    return {name: x for name, x in results.items() if name not in broken}, broken
+
+
+def report(broken, total, what, skip_broken):
+    """Raises InputError with the first five of the broken ones; skip_broken: a note on them."""
+    if not broken:
+        return []
+    first = [str(error) for error in broken.values()][:5]
+    title = f"{what}: {len(broken)} of {total} are broken"
+    if not skip_broken or len(broken) == total:
+        lines = [title, *first, "mend them, or leave them out with --skip-broken"]
+        raise InputError("\n  ".join(lines))
+    return [f"{len(broken)} of {total} are broken and left out, the first: {first[0]}"]
+
+
+def spread(items, n):
+    """At most n items, evenly spaced."""
+    places = np.linspace(0, len(items) - 1, min(n, len(items))).astype(int)
+    return [items[i] for i in places]
+
+
+class Survey:
+    """What layout files hold, and the coding of those whose names do not tell it.
+
+    Reads everything, or else up to 500 files if their ids must decide and 50 if not. ids: "own" or
+    "train" decides instead. .coding: what `read_layout` needs; .labels {path: the classes in the
+    file}; .broken {path: InputError}; .only_void: the files hold nothing else.
+    """
+
+    def __init__(self, paths, classes, ids=None, everything=False):
+        self.classes = classes
+        self.total = len(paths)
+        silent = [path for path in paths if coding_of_name(path, classes) is None]
+        if not everything and silent and ids is None and classes.key in PUBLISHED:
+            paths = spread(silent, 500)
+        elif not everything:
+            paths = spread(paths, 50)
+        self.values, self.broken = try_all(self.look, paths, "reading layouts")
+        in_use = [np.int32([])]
+        for path in silent:
+            values, _, is_coloured = self.values.get(path, ([], [], True))
+            if not is_coloured:
+                in_use.append(values)
+        self.coding, self.other = decide_coding(np.unique(np.concatenate(in_use)), classes)
+        if ids and classes.key in PUBLISHED:
+            self.coding, self.other = ids, None
+        self.labels, unknown = try_all(self.decode, list(self.values), "reading layouts")
+        self.broken |= unknown
+        self.pixels = np.zeros(256)
+        for path, label in self.labels.items():
+            self.pixels += np.bincount(label, self.values[path][1], 256)
+        self.only_void = bool(self.labels) and not self.pixels[:IGNORE].any()
+
+    def look(self, path):
+        """-> the file's distinct values, how many pixels have each, is_coloured"""
+        values, is_coloured = read_values(path, self.classes, path)
+        if -1 <= values.min() and values.max() <= 255:  # faster than np.unique
+            pixels = np.bincount(values.ravel() + 1)
+            return np.flatnonzero(pixels) - 1, pixels[pixels > 0], is_coloured
+        return *np.unique(values, return_counts=True), is_coloured
+
+    def decode(self, path):
+        """-> the classes that the file's distinct values mean"""
+        values, _, is_coloured = self.values[path]
+        if is_coloured:
+            return values
+        coding = coding_of_name(path, self.classes) or self.coding
+        return classes_of_ids(values, self.classes, coding, path)
+
+    def describe(self):
+        """Text: the codings, and the share of each class in the pixels."""
+        words = {"own": "published ids", "train": "train ids"}
+        if self.classes.key in ("toy", "cityscapes"):
+            words["own"] = "labelIds"
+        if self.classes.key not in PUBLISHED:
+            words["own"] = f"ids of {self.classes.key}/classes.txt"
+        codings = set()
+        coloured = set()  # classes in colour-coded files
+        for path, label in self.labels.items():
+            if self.values[path][2]:
+                codings.add("colours")
+                coloured.update(label.tolist())
+            else:
+                codings.add(words[coding_of_name(path, self.classes) or self.coding])
+        text = " and ".join(sorted(codings))
+        if self.other:
+            text += f" ({words[self.other]} are possible, too: --ids {self.other})"
+        files = f"of {len(self.labels)} of {self.total} files: " if self.total > 1 else ""
+        text += f"; {files}{self.shares()}"
+        void = sum((label == IGNORE).all() for label in self.labels.values())
+        if void and not self.only_void:
+            text += f"; {void} of them hold nothing but void"
+        for c in sorted(coloured - {IGNORE}):
+            colour = self.classes.palette[c]
+            twins = np.flatnonzero((self.classes.palette == colour).all(1))
+            if len(twins) > 1:
+                names = " and ".join(self.classes.names[twin] for twin in twins)
+                text += f"; {tuple(colour.tolist())} is the colour of {names}"
+        return text
+
+    def shares(self):
+        if self.only_void:
+            return "nothing but void"
+        names = [*self.classes.names, "void"]
+        percent = np.append(self.pixels[:len(names) - 1], self.pixels[IGNORE])
+        percent *= 100 / percent.sum()
+        order = np.argsort(-percent, kind="stable")
+        large = [f"{names[c]} {percent[c]:.0f} %" for c in order if percent[c] >= 0.5]
+        small = np.count_nonzero((percent > 0) & (percent < 0.5))
+        return ", ".join(large) + (f", {small} more below 0.5 %" if small else "")
+
+
+class Layouts:
+    """Label maps on disk for an adapter of `classes`: one file, or those in a folder or its labels/.
+
+    A classes.txt in the folder or its parent says what its ids mean; its classes go to the
+    adapter's by name. .names are relative paths without suffix; .description is a line on what was
+    read; .only_void: no class in any file. Raises InputError that names the unreadable layouts;
+    skip_broken: leaves them out.
+    """
+
+    def __init__(self, place, classes, ids=None, captions=None, skip_broken=False):
+        self.classes = class_table(classes)
+        place = Path(place)
+        folder = place.parent
+        notes = []
+        if place.is_dir():
+            folder = place / "labels" if (place / "labels").is_dir() else place
+            self.files, notes = by_name(find_images(folder, LAYOUTS), folder)
+            if not self.files:
+                raise InputError(f"{folder}: no layouts (PNG) in there")
+        elif os.path.lexists(place):
+            self.files = {place.stem: place}
+        else:
+            raise InputError(f"{place}: no such file or folder")
+        lists = [root for root in (folder, folder.parent) if (root / "classes.txt").is_file()]
+        self.source = class_table(lists[0]) if lists else self.classes
+
+        survey = Survey(list(self.files.values()), self.source, ids, everything=True)
+        self.coding = survey.coding
+        self.only_void = survey.only_void
+        _, lacking = try_all(partial(self.translate, survey.labels), list(survey.labels), "")
+        broken = dict(sorted((survey.broken | lacking).items()))
+        if place in broken:
+            raise broken[place]
+        notes += report(broken, len(self.files), f"{place}, layouts", skip_broken)
+        self.files = {name: path for name, path in self.files.items() if path not in broken}
+        self.names = sorted(self.files)
+        images = self.files
+        if folder.name == "labels":
+            images = {name: folder.parent / "images" / f"{name}.png" for name in self.names}
+        read = read_captions(folder.parent, "") | read_captions(folder, "", captions)
+        self.captions, more = find_captions(read, images, folder)
+        self.description = "; ".join([f"{place}: {survey.describe()}", *notes, *more])
+
+    def translate(self, labels, path):
+        """labels[path] in the layouts' own classes -> in the adapter's classes of the same names"""
+        label = labels[path]
+        if self.source.names == self.classes.names:
+            return label
+        table = np.full(256, -1)
+        table[IGNORE] = IGNORE
+        for c, name in enumerate(self.source.names):
+            if name in self.classes.names:
+                table[c] = self.classes.names.index(name)
+        missing = np.unique(label[table[label] < 0])
+        if len(missing):
+            names = ", ".join(self.source.names[c] for c in missing)
+            raise InputError(f"{path}: holds classes that {self.classes.key} does not have: {names}")
+        return table[label]
+
+    def read(self, name):
+        """-> label int64 [H,W] in the adapter's classes"""
+        path = self.files[name]
+        label = read_layout(path, self.source, self.coding).numpy()
+        return torch.from_numpy(self.translate({path: label}, path))
+
+    def caption(self, name):
+        """-> the layout's caption, the first of several; or None"""
+        caption = self.captions.get(name)
+        return caption[0] if isinstance(caption, list) else caption
+
+
 # -- captions --------------------------------------------------------------------------------------
 
-def join_words(words):
-    """["a", "b", "c"] -> "a, b and c"."""
-    if len(words) < 2:
-        return "".join(words)
-    return ", ".join(words[:-1]) + " and " + words[-1]
-
-
 def compose_caption(label, names):
-    """A caption where there is none: "a photo of " the classes in label [H,W], six at most."""
-    count = np.bincount(np.asarray(label).ravel(), minlength=256)[:len(names)]
-    largest_first = np.argsort(-count, kind="stable")
-    seen = dict.fromkeys(names[c] for c in largest_first if count[c])
+    """A caption for an image without one: "a photo of " the classes in label [H,W], six at most."""
+    pixels = np.bincount(np.asarray(label).ravel(), minlength=256)[:len(names)]
+    largest_first = np.argsort(-pixels, kind="stable")
+    seen = list(dict.fromkeys(names[c] for c in largest_first if pixels[c]))[:6]
     if not seen:
         return "a photo"
-    return f"a photo of {join_words(list(seen)[:6])}"
+    return f"a photo of {toy_world.join_words(seen)}"
 
 
-def read_captions(root, split, path=None):
-    """-> {name of the image: caption, or a list of captions}; {} where there is no file.
+def read_captions(root, split, path=None, key=""):
+    """-> {name of the image: caption, or a list of captions}; {} if there is no file.
 
-    Read is `path`, else what is in root: captions_{split}.json, captions.json, or COCO's own
-    annotations/captions_{split}2017.json. Names may carry the image's suffix. Raises InputError.
+    Reads `path`, or else the first of these in `root`: captions_{split}.json, captions.json, COCO's
+    annotations/captions_{split}2017.json, the official {key}_caption_{split}.json. Names may be
+    file names in any spelling. Raises InputError for a file that cannot be read.
     """
-    places = f"captions_{split}.json", "captions.json", f"annotations/captions_{split}2017.json"
+    places = [f"captions_{split}.json", "captions.json", f"annotations/captions_{split}2017.json",
+              f"{key}_caption_{split}.json", f"dataloader/{key}_caption_{split}.json"]
     files = [Path(root, place) for place in places]
-    file = Path(path) if path else next(filter(Path.is_file, files), None)
+    file = Path(path) if path else next(filter(os.path.isfile, files), None)
     if file is None:
         return {}
     try:
-        content = json.loads(file.read_text("utf-8-sig"))
+        content = json.loads(read_text(file))
         captions = group_by_image(content) if "annotations" in content else content
-        json.dumps(captions, ensure_ascii=False).encode()  # (half a surrogate pair fails)
+        json.dumps(captions, ensure_ascii=False).encode()  # fails for half a surrogate pair
         if not all(map(is_caption, captions.values())):
             raise ValueError("a caption is a string, or a list of strings")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{file}: captions cannot be read ({error}): wanted is UTF-8 JSON, "
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{file}: captions cannot be read ({error}): expected UTF-8 JSON, "
                          "{name: caption}") from None
-    return {strip_suffix(name): caption for name, caption in captions.items()}
+    return {KIND.sub("", spell(name)): caption for name, caption in captions.items()}
 
 
 def is_caption(value):
@@ -430,487 +787,218 @@ def group_by_image(content):
     return captions
 
 
-def strip_suffix(name):
-    """"val/p0.png" -> "p0"; a name without an image's suffix stays as it is."""
-    return Path(name).stem if Path(name).suffix.lower() in PICTURES else name
+def find_captions(read, files, root):
+    """Captions for {name: path of an image} -> {name: caption}, and notes on what was found.
 
-
-# -- the toy world: streets in five kinds of weather, for training in minutes and for the tests ----
-
-SIDE = 64  # its pictures are 64 x 64 pixels
-DOMAINS = "day", "night", "fog", "snow", "rain"
-PHRASES = {
-    "day": ("on a clear day", "in daylight", "on a sunny day"),
-    "night": ("at night", "in the dark"),
-    "fog": ("in fog", "on a foggy day"),
-    "snow": ("in snow", "on a snowy day"),
-    "rain": ("in rain", "on a rainy day"),
-}
-PAINTS = {
-    "red": (205, 35, 35),
-    "blue": (40, 80, 215),
-    "white": (236, 236, 236),
-    "black": (34, 34, 40),
-    "yellow": (232, 200, 40),
-    "green": (30, 140, 70),
-}
-COATS = [rgb for name, rgb in PAINTS.items() if name != "white"]  # white is lost in the snow
-COATS.append((150, 70, 170))
-WALLS = {
-    "brick": (158, 84, 62),
-    "grey": (138, 138, 144),
-    "beige": (206, 186, 150),
-    "pink": (212, 146, 156),
-}
-SKIES = {  # zenith, horizon
-    "day": ((70, 132, 222), (198, 220, 242)),
-    "night": ((8, 10, 28), (34, 36, 66)),
-    "fog": ((176, 181, 188), (190, 194, 198)),
-    "snow": ((176, 184, 200), (212, 216, 224)),
-    "rain": ((84, 92, 108), (140, 146, 156)),
-}
-ROAD, SIDEWALK, BUILDING, POLE, SIGN = 0, 1, 2, 5, 7  # Cityscapes' train ids
-VEGETATION, TERRAIN, SKY, PERSON, CAR = 8, 9, 10, 11, 13
-GROUND = ROAD, SIDEWALK, TERRAIN
-SMALL = PERSON, CAR, POLE, SIGN
-
-
-def by_class(others, values):
-    """-> [256,1], so that by_class(...)[label] is [64,64,1]."""
-    table = np.full((256, 1), others, float)
-    for c, value in values.items():
-        table[c] = value
-    return table
-
-
-AT_NIGHT = by_class(1, {  # how much of its daylight a class keeps: small things stay in sight
-    ROAD: 0.38, SIDEWALK: 0.42, TERRAIN: 0.36, BUILDING: 0.4, VEGETATION: 0.4,
-    PERSON: 0.72, CAR: 0.66, POLE: 0.62, SIGN: 0.8})
-IN_FOG = by_class(1, {SKY: 0, **dict.fromkeys(SMALL, 0.85)})  # how much of the fog is before it
-IN_SNOW = by_class(0.06, {ROAD: 0.5, SIDEWALK: 0.86, TERRAIN: 0.72})  # how much of it is white
-IN_RAIN = by_class(0, {ROAD: 0.5, SIDEWALK: 0.3})  # how much it is a mirror
-YY, XX = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)
-
-
-def toy_scene(seed, domain="day"):
-    """A street in perspective -> image uint8 [64,64,3], label uint8 [64,64], caption.
-
-    Labels are Cityscapes' train ids, and 255 for void. A pure function of its arguments: layout and
-    colours come from the seed alone, the domains show the same street.
+    read: what `read_captions` found; its names may have more folders than ours, or none. Images
+    that it lacks get the text of NAME.txt beside them.
     """
-    street = Street(seed, domain)
-    paint_sky(street)
-    paint_buildings(street)
-    paint_ground(street)
-    paint_things(street)
-    image = WEATHER[domain](street, street.shade_ground())
-    label = cover_with_void(street)
-    caption = describe(street, label)
-    return image.clip(0, 255).astype(np.uint8), label, caption
+    by_end = {}
+    for key in read:
+        by_end.setdefault(key.rpartition("/")[2], []).append(key)
+    ends = Counter(name.rpartition("/")[2] for name in files)
+    folders = {path.parent for path in files.values()}
+    texts = {text for folder in folders for text in folder.glob("*.txt")}
+    captions = {}
+    for name, path in files.items():
+        end = name.rpartition("/")[2]
+        keys = by_end.get(end, [])
+        longer = [key for key in keys if key.endswith(f"/{name}")]
+        if name in read:
+            captions[name] = read[name]
+        elif len(longer) == 1:
+            captions[name] = read[longer[0]]
+        elif end in read and ends[end] == 1:
+            captions[name] = read[end]
+        elif path.with_suffix(".txt") in texts:
+            captions[name] = " ".join(read_text(path.with_suffix(".txt")).split())
+    notes = []
+    if len(captions) < len(files):
+        notes.append(f"captions for {len(captions)} of {len(files)} images; the others are composed "
+                     "of their classes")
+    for folder in sorted({Path(root), *folders}):
+        for path in sorted(folder.glob("metadata.*")):
+            notes.append(f"{path}: captions in this form are not read, only captions.json, "
+                         "{name: caption}, and NAME.txt beside the image")
+    return captions, notes
 
 
-class Street:
-    """What the parts of a toy scene share: its chances, its perspective and its four canvases.
+# -- image/label pairs on disk ---------------------------------------------------------------------
 
-    All stands on a ground plane with its vanishing point at (vanish, horizon): the point X to the
-    right and at closeness d (0 at the horizon, 1 at the lower edge) is drawn at
-    (vanish + X d, horizon + depth d), and sizes grow with d. The painters add .walls, .left, .right
-    and .car, for those that come later.
+# Where a data set's images and labels lie, and where they come from. The first folder that has a
+# file of some name counts. ACDC stands beside Cityscapes: its layouts mean the same.
+FOLDERS = {
+    "cityscapes": (
+        ["leftImg8bit/{split}", "rgb_anon/{part}/{split}"],
+        ["gtFine/{split}", "gt/{part}/{split}"],
+        "unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip (cityscapes-dataset.com), "
+        "or rgb_anon_trainvaltest.zip and gt_trainval.zip (acdc.vision.ee.ethz.ch) there"),
+    "ade20k": (
+        ["images/{split}"],
+        ["annotations/{split}"],
+        "unpack ADEChallengeData2016.zip (sceneparsing.csail.mit.edu), name the folder inside it"),
+    "coco": (
+        ["{split}", "images/{split}"],
+        ["stuffthingmaps/{split}", "annotations/{split}", "{split}"],
+        "unpack train2017.zip, val2017.zip (cocodataset.org) and stuffthingmaps_trainval2017.zip "
+        "(COCO-Stuff) there"),
+    "folder": (
+        ["images/{split}"],
+        ["labels/{split}"],
+        "put pictures into images/, layouts of the same names into labels/"),
+}
+SPLITS = {"ade20k": {"train": "training", "val": "validation"},
+          "coco": {"train": "train2017", "val": "val2017"}}
+
+
+def find_files(data, root, split, which, known=()):
+    """The files of a data set -> {name: path}, and notes. which: 0 for images, 1 for labels.
+
+    known: names that label files may have as a whole, see `by_name`.
+    """
+    key, part = split_key(data)
+    key = "cityscapes" if key == "toy" else key
+    form = FOLDERS.get(key, FOLDERS["folder"])
+    places = form[which]
+    source = form[2]
+    try:
+        os.scandir(root).close()
+    except OSError as error:
+        raise InputError(f"{root}: {error.strerror}: {source}") from None
+    if part:  # a condition of ACDC
+        places = [place for place in places if "{part}" in place]
+    notes = []
+    folders = (Path(root, places[0].format(split=name)) for name in ("train", "val", split))
+    if form is FOLDERS["folder"] and not any(map(os.path.isdir, folders)):
+        places = [places[0].removesuffix("/{split}")]
+        if split == "val" and which == 0:
+            notes.append("no images/val: the training images serve as val")
+    suffixes = PICTURES
+    if key == "coco":  # photos and layouts may lie in one folder
+        suffixes = (".png",) if which else (".jpg", ".jpeg")
+    names = dict(split=SPLITS.get(key, {}).get(split, split), part=part or "*")
+    found = {}
+    for place in places:
+        pattern = place.format(**{word: glob.escape(name) for word, name in names.items()})
+        for folder in sorted(glob.glob(pattern.replace("[*]", "*"), root_dir=root)):
+            folder = Path(root, folder)
+            new, more = by_name(find_images(folder, suffixes), folder, known)
+            if key == "cityscapes":  # names without the city's folder
+                new = {name.rpartition("/")[2]: path for name, path in new.items()}
+            found = new | found
+            notes += more
+    if not found:
+        place = Path(root, places[0].format(**names))
+        raise InputError(f"{data}: no {split} files in {place}: {source}")
+    return found, notes
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Image/label pairs: Cityscapes, ACDC, ADE20K, COCO-Stuff, the toy world, or any folder with
+    images/, labels/ and classes.txt. data: as in `class_table`; "cityscapes:night" is ACDC's
+    condition.
+
+    Cityscapes is resized to (size, 2 size), ADE20K and COCO-Stuff to (size, size), all else to
+    `size` at the shorter side and a multiple of `grid` at the longer. A picture of size x size
+    stays as it is.
+
+    .names; .images, .labels {name: path}; .shapes {name: (H, W) as resized}; .captions {name:
+    caption or list}; .edits, the content of edits_{split}.json or None; .coding of the ids; .size,
+    .grid, .augment, .classes; .only_void: no class in any label; .description: a line on what was
+    read. The start reads the headers of all files and the pixels of some labels. Raises InputError
+    with a report on broken pairs. skip_broken: reads everything, and leaves broken pairs out.
     """
 
-    def __init__(self, seed, domain):
-        self.domain = domain
-        self.rng = np.random.default_rng(seed)  # layout and colours
-        self.look = np.random.default_rng((seed, DOMAINS.index(domain)))  # weather
-        self.chance = self.rng.random  # uniform in [0,1)
-        self.horizon = int(self.rng.integers(25, 35))
-        self.vanish = int(self.rng.integers(20, 45))
-        self.depth = SIDE - self.horizon
-        zenith, low = np.array(SKIES[domain], np.float32)
-        k = (YY / self.horizon).clip(0, 1)[..., None]
-        sky = zenith * (0.9 + 0.2 * self.chance()) * (1 - k) + low * k
-        self.canvases = [
-            Image.fromarray(sky.astype(np.uint8)),  # colour
-            Image.new("RGB", (SIDE, SIDE)),  # light that shines by itself
-            Image.new("L", (SIDE, SIDE), SKY),  # class
-            Image.new("L", (SIDE, SIDE), 255)]  # distance, for the fog
-        self.pens = [ImageDraw.Draw(canvas) for canvas in self.canvases]
-
-    def y(self, d):
-        """The picture's row at closeness d."""
-        return self.horizon + self.depth * d
-
-    def paint(self, shape, xy, colour, what=(), glow=(0, 0, 0)):
-        """what: (class, distance); () leaves the class beneath as it is (shadows, windows)."""
-        for pen, fill in zip(self.pens, (colour, glow, *what)):
-            getattr(pen, shape)(xy, fill=fill)
-
-    def box(self, x0, y0, x1, y1, *how, **glow):
-        self.paint("rectangle", [x0, y0, x1, y1], *how, **glow)
-
-    def oval(self, x, y, r, edges, *how):
-        """edges: left, top, right and lower end, in radii r from (x, y)."""
-        left, top, right, low = (r * edge for edge in edges)
-        self.paint("ellipse", [x + left, y + top, x + right, y + low], *how)
-
-    def trapezoid(self, x, y0, half0, y1, half1, *how):
-        """half0 to the left and right of x at y0, half1 at y1."""
-        xy = [(x - half0, y0), (x - half1, y1), (x + half1, y1), (x + half0, y0)]
-        self.paint("polygon", xy, *how)
-
-    def strip(self, x0, x1, d0, d1, *how):
-        """A strip of the ground plane from X = x0 to x1 and from closeness d0 to d1."""
-        corners = (x0, d0), (x1, d0), (x1, d1), (x0, d1)
-        xy = [(self.vanish + x * d, self.y(d)) for x, d in corners]
-        self.paint("polygon", xy, *how)
-
-    def beside(self, d, spread):
-        """x of a place within `spread` pixels (at d = 1) of a kerb, in the frame if it can be."""
-        is_left = self.chance() < 0.5
-        kerb = self.vanish - self.left * d if is_left else self.vanish + self.right * d
-        room = (kerb if is_left else SIDE - kerb) - 4
-        away = 2 + self.chance() * min(spread * d, max(3, room))
-        return int(kerb - away if is_left else kerb + away)
-
-    def shade_ground(self):
-        """Ends the painting: sets .light, .label, .ground and .small (bool), .far -> image."""
-        image, self.light, self.label, far = map(np.asarray, self.canvases)
-        self.ground = np.isin(self.label, GROUND)[..., None]
-        self.small = np.isin(self.label, SMALL)[..., None]
-        d = ((YY - self.horizon) / self.depth).clip(0, 1)[..., None]
-        far = far.astype(np.float32)[..., None] / 255
-        self.far = np.where(self.ground, 0.9 * (1 - d) ** 1.5, far)
-        return image.astype(np.float32) * np.where(self.ground, 1.1 - 0.2 * d, 1)
-
-
-def tone(colour, k):
-    """An RGB tuple made k times as bright."""
-    return tuple(min(255, int(c * k)) for c in colour)
-
-
-def paint_sky(street):
-    """Clouds by day, a moon by night."""
-    chance = street.chance
-    for _ in range(street.rng.integers(0, 4)):
-        x = chance() * SIDE
-        y = chance() * street.horizon * 0.6
-        r = 4 + chance() * 5
-        if street.domain == "day":
-            street.oval(x, y, r, (-2, -1 / 2, 2, 1 / 2), (226, 236, 248))
-            street.oval(x, y, r, (-1, -1, 1, 1 / 3), (240, 245, 252))
-    if street.domain == "night" and street.look.random() < 0.4:
-        x = int(street.look.integers(4, SIDE - 8))
-        street.paint("ellipse", [x, 3, x + 5, 8], (238, 236, 210), glow=(120, 118, 100))
-
-
-def paint_buildings(street):
-    """Buildings along the horizon, taller towards the frame's edges. Sets .walls: their name."""
-    rng, chance, horizon = street.rng, street.chance, street.horizon
-    kinds = list(WALLS)
-    street.walls = kinds[rng.integers(4)]  # of most
-    x = -int(rng.integers(0, 6))
-    while x < SIDE:
-        w = int(rng.integers(9, 20))
-        side = abs(x + w / 2 - street.vanish) / 32
-        top = int(horizon - 8 - rng.integers(0, 9) - side * 14 * chance())
-        kind = street.walls if chance() < 0.75 else kinds[rng.integers(4)]
-        colour = tone(WALLS[kind], 0.8 + 0.35 * chance())
-        step = int(rng.integers(4, 6))
-        pane = tone((52, 66, 92), 0.7 + 0.7 * chance())
-        if chance() < 0.8:  # else a gap
-            roof = (236, 240, 246) if street.domain == "snow" else tone(colour, 0.72)
-            right = x + w - 1
-            base = horizon + 2
-            street.box(x, top, right, base, colour, (BUILDING, int(205 - 50 * side)))
-            street.box(right - 1, top, right, base, tone(colour, 0.8))
-            street.box(x, top, right, top + 1, roof)
-            for wy in range(top + 4, horizon - 2, step):
-                for wx in range(x + 2, right - 2, step):
-                    is_lit = street.domain == "night" and street.look.random() < 0.45
-                    glow = (240, 200, 105) if is_lit else (0, 0, 0)
-                    street.box(wx, wy, wx + 1, wy + 1, pane, glow=glow)
-        x += w
-
-
-def paint_ground(street):
-    """Grass or paving, sidewalks with kerbs, the road with its markings or its tracks in the snow.
-
-    Sets .left and .right: how far the road reaches from the vanishing point, in pixels at d = 1.
-    """
-    rng, chance = street.rng, street.chance
-    left = street.left = int(rng.integers(26, 54))
-    right = street.right = int(rng.integers(26, 54))
-    walk = int(rng.integers(12, 30))
-    middle = (right - left) / 2
-    paving = tone((172, 160, 152), 0.9 + 0.2 * chance())
-    grass = tone((116, 148, 70), 0.85 + 0.3 * chance())
-    asphalt = tone((88, 88, 94), 0.85 + 0.3 * chance())
-    has_grass = chance() < 0.5
-    has_walk = chance() < 0.85
-    has_line = chance() < 0.8
-    has_zebra = chance() < 0.25
-
-    if has_grass:
-        street.box(0, street.horizon, SIDE, SIDE, grass, (TERRAIN, 0))
-    else:
-        street.box(0, street.horizon, SIDE, SIDE, paving, (SIDEWALK, 0))
-    if has_walk:
-        street.strip(-left - walk, right + walk, 0.02, 1.2, paving, (SIDEWALK, 0))
-    if has_walk or not has_grass:
-        for d in (0.16, 0.34, 0.6, 0.88):  # joints between the slabs
-            street.strip(-left - walk, right + walk, d, d * 1.07, tone(paving, 0.86))
-    street.strip(-left - 3, right + 3, 0.02, 1.2, tone(paving, 1.2))
-    street.strip(-left, right, 0.03, 1.2, asphalt, (ROAD, 0))
-    if street.domain == "snow":
-        for X in (-left / 2 - 8, -left / 2 + 4, right / 2 - 6, right / 2 + 6):
-            street.strip(X - 2, X + 3, 0.04, 1.2, tone(asphalt, 0.35))
-    if has_line:
-        for d0, d1 in ((0.1, 0.17), (0.24, 0.36), (0.47, 0.66), (0.85, 1.1)):
-            street.strip(middle - 1.4, middle + 1.4, d0, d1, (222, 222, 218))
-    if has_zebra:
-        for X in np.arange(-left + 3, right - 4, 11):
-            street.strip(X, X + 6, 0.5, 0.72, (226, 226, 222))
-
-
-THINGS = (  # how many at most, their least closeness, by how much they come closer, to which power
-    ("car", 4, 0.14, 0.7, 1.4),
-    ("person", 5, 0.14, 0.7, 1.5),
-    ("pole", 4, 0.12, 0.6, 1.3),
-    ("tree", 4, 0.06, 0.4, 1.3),
-)
-
-
-def paint_things(street):
-    """Cars, people, poles and trees, from far to near."""
-    things = []
-    for kind, most, least, reach, power in THINGS:
-        for _ in range(street.rng.integers(0, most + 1)):
-            d = least + reach * street.chance() ** power
-            thing = kind
-            if kind == "pole":
-                thing = ("lamp", "sign", "sign", "bare")[street.rng.integers(4)]
-            things.append((d, thing))
-    street.car = None
-    for d, thing in sorted(things):
-        y = int(street.y(d))
-        distance = int(225 * (1 - d))
-        if thing == "car":
-            paint_car(street, y, d, (CAR, distance))
-        elif thing == "person":
-            paint_person(street, y, d, (PERSON, distance))
-        elif thing == "tree":
-            paint_tree(street, y, d, (VEGETATION, distance))
+    def __init__(self, data, root=None, split="train", size=512, *, grid=8, augment=True,
+                 captions=None, skip_broken=False, ids=None):
+        if size < grid or size % grid:
+            raise InputError(f"size {size}: the autoencoder needs a multiple of {grid} pixels")
+        self.size = size
+        self.grid = grid
+        self.augment = augment
+        self.classes = class_table(data)
+        key = self.classes.key
+        root = Path(root or key)
+        self.images, notes = find_files(data, root, split, 0)
+        self.labels, more = find_files(data, root, split, 1, known=self.images)
+        notes += more
+        names = sorted(self.images.keys() | self.labels.keys())
+        self.shapes, broken = try_all(self.check, names, f"checking {split}")
+        survey = Survey([self.labels[name] for name in self.shapes], self.classes, ids)
+        self.coding = survey.coding
+        if skip_broken:
+            _, unreadable = try_all(self.read, list(self.shapes), f"reading {split}")
+            broken |= unreadable
         else:
-            paint_pole(street, y, d, thing, distance)
-
-
-def paint_tree(street, y, d, what):
-    x = street.beside(d, 150)
-    r = 3 + 12 * d + 3 * street.chance()
-    leaf = tone((58, 120, 46), 0.75 + 0.5 * street.chance())
-    middle = y - 1.9 * r
-    street.box(x - r / 9, y - r, x + max(1, r / 9), y, (84, 62, 46), what)  # trunk
-    street.oval(x, middle, r, (-1, -1, 1, 1.1), tone(leaf, 0.78), what)
-    street.oval(x, middle, r, (-0.9, -1, 0.6, 0.5), leaf)
-    if street.domain == "snow":
-        street.oval(x, middle, r, (-0.75, -0.9, 0.7, -0.1), (232, 236, 242))
-    else:
-        street.oval(x, middle, r, (-0.75, -0.9, 0.1, -0.1), tone(leaf, 1.25))
-
-
-def paint_car(street, y, d, what):
-    """A car as wide as 0.36 of the road, seen from behind in the right lane.
-
-    Sets .car: the name of its colour, and its rows and columns in the picture.
-    """
-    lane = street.right / 2 if street.chance() < 0.5 else -street.left / 2
-    x = int(street.vanish + lane * d + (street.chance() - 0.5) * 16 * d)
-    width = max(8, int(0.36 * (street.left + street.right) * d))
-    height = int(0.74 * width)
-    half = width // 2
-    wheel = max(2, width // 6)
-    left = x - half
-    right = x + half
-    top = y - height
-    low = y - max(1, height // 7)
-    name = list(PAINTS)[street.rng.integers(6)]
-    body = tone(PAINTS[name], 0.9 + 0.15 * street.chance())
-    glass = (74, 92, 112)
-    street.box(left - 1, y - 1, right + 1, y, (24, 24, 28))  # its shadow
-    for side in (left, right - wheel):
-        street.box(side, y - height // 4, side + wheel, y, (16, 16, 18), what)
-    street.trapezoid(x, y - height // 2, half - half // 5, top, half * 0.6, body, what)
-    street.trapezoid(x, y - height * 0.56, half * 0.66, y - height * 0.9, half * 0.48, glass)
-    street.box(left, y - int(height * 0.56), right, low, body, what)
-    street.box(left, y - max(2, int(height * 0.26)), right, low, tone(body, 0.66))
-    if street.domain == "snow":  # on its roof
-        reach = int(half * 0.55)
-        street.box(x - reach, top, x + reach, top + height // 9, (244, 246, 250))
-    away = x > street.vanish + (street.right - street.left) / 2 * d
-    lamp = (255, 40, 30) if away else (255, 246, 200)
-    for side in (left, right - wheel + 1):
-        end = side + wheel - 1
-        street.box(side, y - int(height * 0.5), end, y - int(height * 0.36), lamp, glow=lamp)
-    street.car = name, slice(max(0, top), y), slice(max(0, left), right + 1)
-
-
-def paint_person(street, y, d, what):
-    """A person nearly as tall as a car is wide, on the road or beside it."""
-    road = street.left + street.right
-    if street.chance() < 0.25:
-        X = street.chance() * road - street.left
-        x = int(street.vanish + X * d)
-    else:
-        x = street.beside(d, 30)
-    height = max(8, int(0.34 * road * d))
-    w = max(2, round(height * 0.28))
-    head = max(2, round(height * 0.2))
-    skin = tone((216, 170, 140), 0.55 + 0.5 * street.chance())
-    coat = COATS[street.rng.integers(6)]
-    trousers = tone((70, 76, 110), 0.5 + 0.9 * street.chance())
-    top = y - height
-    neck = top + head
-    hip = y - int(height * 0.4)
-    x -= w // 2
-    leg = w // 2 - 1 if w > 3 else w - 1  # two legs where a gap between them has room
-    for side in (x, x + w - 1 - leg):
-        street.box(side, hip, side + leg, y, trousers, what)
-    street.box(x, neck, x + w - 1, hip, coat, what)
-    x += (w - head) // 2
-    shape = "ellipse" if head > 3 else "rectangle"
-    street.paint(shape, [x, top, x + head - 1, neck - 1], skin, what)
-
-
-def paint_pole(street, y, d, head, distance):
-    """head: "lamp", "sign" or "bare"."""
-    chance = street.chance
-    x = street.beside(d, 14)
-    top = max(1, int(y - 14 - 38 * d - 4 * chance()))
-    w = int(d > 0.2)
-    grey = 0.8 + 0.3 * chance()
-    iron = tone((84, 84, 88), grey)
-    arm = -1 if chance() < 0.5 else 1
-    r = int(2 + 3 * d + 1.4 * chance())
-    colour = PAINTS[("red", "blue", "yellow", "green")[street.rng.integers(4)]]
-    shape = "ellipse" if chance() < 0.5 and r > 2 else "rectangle"
-    street.box(x, top, x + w, y, iron, (POLE, distance))
-    if w:  # light and dark side: seen before any background
-        street.box(x, top, x, y, tone((184, 184, 186), grey))
-    if head == "lamp":
-        left, right = sorted((x + arm, x + 5 * arm))
-        street.box(left, top, right, top + 1, iron, (POLE, distance))
-        street.box(left, top + 1, right, top + 1, (226, 222, 200), glow=(255, 236, 180))
-    if head == "sign":
-        white = (242, 242, 242)
-        left = x - r
-        right = x + r + 1 if w else x + r - 1
-        low = top + 2 * r
-        street.paint(shape, [left, top, right, low], white, (SIGN, distance))
-        street.paint(shape, [left + 1, top + 1, right - 1, low - 1], colour)
-        if r > 3:
-            street.box(left + 2, top + r - 1, right - 2, top + r, white)
-
-
-# Light and weather, by class and by distance: image float32 [64,64,3] -> the same, in 0..255 or so.
-
-def add_day(street, image):
-    return image * 1.04
-
-
-def add_night(street, image):
-    """Our own headlights, and a halo around every light."""
-    far = (YY - SIDE) ** 2 + (XX - SIDE / 2) ** 2
-    beam = np.exp(-far / 700)[..., None] * street.ground
-    light = np.float32(AT_NIGHT[street.label]) + 0.4 * beam
-    image = image * (light * np.float32([0.86, 0.9, 1.12]))
-    halo = Image.fromarray(street.light).filter(ImageFilter.GaussianBlur(1.6))
-    return np.maximum(image, street.light) + 0.8 * np.asarray(halo, np.float32)
-
-
-def add_fog(street, image):
-    thickness = (0.3 + 0.55 * street.far) * (0.92 + 0.14 * street.look.random())
-    grey = np.float32([188, 192, 197])
-    image += (grey - image) * thickness * IN_FOG[street.label]
-    return image
-
-
-def add_snow(street, image):
-    """Snow on the ground, and twelve flakes, none on a small thing."""
-    white = np.float32([208, 216, 232])
-    image += (white - image) * IN_SNOW[street.label]
-    for x, y in street.look.integers(0, SIDE - 2, (12, 2)):
-        flake = image[y:y + 2, x:x + 2]
-        if not street.small[y, x]:
-            flake += (255 - flake) * 0.8
-    return image
-
-
-def add_rain(street, image):
-    """The ground is a mirror, and nine streaks fall."""
-    rows = np.abs(2 * street.horizon - np.arange(SIDE)).clip(0, SIDE - 1)
-    mirror = image[rows]
-    image += (mirror - image) * IN_RAIN[street.label]
-    image = image * 0.7 + np.float32([4, 8, 16])
-    for x, y in street.look.integers(0, SIDE - 6, (9, 2)):
-        streak = np.arange(y, y + 6), x - np.arange(6) // 3
-        image[streak] += (200 - image[streak]) * 0.3 * ~street.small[streak]
-    return image
-
-
-WEATHER = {"day": add_day, "night": add_night, "fog": add_fog, "snow": add_snow, "rain": add_rain}
-
-
-def cover_with_void(street):
-    """Void as at the borders of real labels: a strip at the lower edge, a patch anywhere."""
-    label = street.label.copy()
-    if street.chance() < 0.2:
-        label[-street.rng.integers(2, 5):] = IGNORE
-    if street.chance() < 0.2:
-        y, x, h, w = street.rng.integers([0, 0, 3, 3], [SIDE - 8, SIDE - 8, 8, 8])
-        label[y:y + h, x:x + w] = IGNORE
-    return label
-
-
-def describe(street, label):
-    """The caption: what is there to be seen, or, in a quarter of the scenes, the weather alone."""
-    pixels = np.bincount(label.ravel(), minlength=256)
-    parts = []
-    if street.car:
-        colour, rows, columns = street.car
-        if (label[rows, columns] == CAR).sum() >= 24:
-            parts.append(f"a {colour} car")
-    others = [  # class, at least how many pixels, how often it is said
-        (PERSON, 24, 0.7, "people"),
-        (VEGETATION, 60, 0.7, "trees"),
-        (BUILDING, 150, 0.7, f"{street.walls} buildings"),
-        (SIGN, 16, 0.5, "signs"),
-        (POLE, 24, 0.5, "poles"),
-    ]
-    for c, least_pixels, often, words in others:
-        if pixels[c] >= least_pixels and street.chance() < often:
-            parts.append(words)
-    phrases = PHRASES[street.domain]
-    when = phrases[street.look.integers(len(phrases))]
-    if street.chance() < 0.25 or not parts:
-        return f"a street {when}"
-    return f"a street with {join_words(parts)}, {when}"
-
-
-# -- datasets --------------------------------------------------------------------------------------
-
-class Scenes(torch.utils.data.Dataset):
-    """What the datasets have in common. Each has .classes, .names, .captions, .shapes (name ->
-    (H, W)), .size S, .grid, .augment, read(index) -> uint8 [H,W,3] and [H,W], caption(index, label,
-    seed), and stamp(), a text that changes with whatever lies behind the items."""
+            broken |= survey.broken
+        notes += report(broken, len(names), f"{root}, pairs of {split}", skip_broken)
+        self.shapes = {name: shape for name, shape in self.shapes.items() if name not in broken}
+        self.names = list(self.shapes)
+        self.only_void = survey.only_void
+        read = read_captions(root, split, captions, key)
+        images = {name: self.images[name] for name in self.names}
+        self.captions, more = find_captions(read, images, root)
+        if read and not self.captions:
+            raise InputError(
+                f"{captions or root}: captions of none of the {len(names)} {split} images: "
+                f"{next(iter(read))!r} there, {self.names[0]!r} here")
+        self.edits = read_edits(root / f"edits_{split}.json")
+        about = f"{root}, split {split}: {survey.describe()}"
+        self.description = "; ".join([about, *notes, *more])
 
     def __len__(self):
         return len(self.names)
+
+    def check(self, name):
+        """-> (H, W) of the resized picture; InputError if the pair is broken. Reads headers only."""
+        if name not in self.images:
+            raise InputError(f"{name}: a label without an image")
+        if name not in self.labels:
+            raise InputError(f"{name}: an image without a label")
+        w, h = image_size(self.images[name])
+        check_sizes(name, (w, h), image_size(self.labels[name]))
+        S = self.size
+        if self.classes.key in ("ade20k", "coco") or (h, w) == (S, S):
+            return S, S
+        if self.images[name].stem.endswith("_leftImg8bit"):
+            return S, 2 * S
+        return tuple(round(side * S / min(h, w) / self.grid) * self.grid for side in (h, w))
+
+    def read(self, name):
+        """-> image uint8 [H,W,3], label uint8 [H,W], resized"""
+        H, W = self.shapes[name]
+        image = read_image(self.images[name])
+        label = read_layout(self.labels[name], self.classes, self.coding)
+        label = Image.fromarray(label.byte().numpy())
+        check_sizes(name, image.size, label.size)
+        image = image.resize((W, H), Image.BICUBIC)  # PIL's averages over a pixel's whole area
+        label = label.resize((W, H), Image.NEAREST)
+        return np.asarray(image), np.asarray(label)
+
+    def full(self, index, flip=False):
+        """The whole picture -> image float32 [3,H,W] in [-1,1], label int64 [H,W]."""
+        image, label = map(torch.tensor, self.read(self.names[index]))
+        image = image.permute(2, 0, 1).float() / 127.5 - 1
+        label = label.long()
+        if flip:
+            return image.flip(-1), label.flip(-1)
+        return image, label
+
+    def caption(self, index, label, seed=None):
+        """The image's caption; the seed chooses among several (None: the first). An image without
+        one gets a caption composed of the classes in label [H,W]."""
+        caption = self.captions.get(self.names[index])
+        if caption is None:
+            return compose_caption(label, self.classes.names)
+        if isinstance(caption, list):
+            return caption[(seed or 0) % len(caption)]
+        return caption
 
     def window(self, index, seed=None):
         """-> (flip, top, left) of an S x S crop of the whole picture, which is flipped first.
 
         The offsets are multiples of `grid` pixels, so that a latent can be cropped in the picture's
-        stead. Without a seed it is the centre, not flipped.
+        place. Without a seed: the centre, not flipped.
         """
         H, W = self.shapes[self.names[index]]
         rows = (H - self.size) // self.grid
@@ -923,20 +1011,11 @@ class Scenes(torch.utils.data.Dataset):
         left = int(rng.integers(cols + 1)) * self.grid
         return flip, top, left
 
-    def full(self, index, flip=False):
-        """The whole picture -> image float32 [3,H,W] in [-1,1], label int64 [H,W]."""
-        image, label = map(torch.tensor, self.read(index))
-        image = image.permute(2, 0, 1).float() / 127.5 - 1
-        label = label.long()
-        if flip:
-            return image.flip(-1), label.flip(-1)
-        return image, label
-
     def __getitem__(self, key):
         """key: (index, seed of crop, flip and caption), or an index alone: the centre.
 
         -> dict(image float32 [3,S,S] in [-1,1], label int64 [S,S], caption str, name str, index
-        int, flip bool, top int, left int), the corner in pixels of the whole picture, flipped.
+        int, flip bool, top int, left int); (top, left) is the crop's corner in the flipped picture.
         """
         index, seed = key if isinstance(key, tuple) else (key, None)
         flip, top, left = self.window(index, seed)
@@ -955,196 +1034,62 @@ class Scenes(torch.utils.data.Dataset):
             "left": left,
         }
 
-
-render = functools.cache(toy_scene)  # a scene is drawn when it is first asked for, and kept
-TOY_SPLITS = {"train": (0, 2000), "val": (10_000_000, 256)}  # the first seed, the usual length
-
-
-class Toy(Scenes):
-    """The toy world. Item i is scene (first seed + i) in domain domains[i % len(domains)].
-
-    .images uint8 [n,64,64,3], .labels uint8 [n,64,64] and .captions draw all of them.
-    """
-    size, grid = SIDE, 4
-
-    def __init__(self, split="train", domains=("day",), length=None, augment=True):
-        if split not in TOY_SPLITS or not set(domains) <= set(DOMAINS):
-            raise InputError(f"toy, split {split!r}, domains {domains!r}: splits are train, val; "
-                             f"domains are {', '.join(DOMAINS)}")
-        first, usual = TOY_SPLITS[split]
-        self.classes = class_table("toy")
-        self.augment = augment
-        self.keys = [(first + i, domains[i % len(domains)]) for i in range(length or usual)]
-        self.names = [f"toy_{seed:08d}" for seed, _ in self.keys]
-        self.shapes = dict.fromkeys(self.names, (SIDE, SIDE))
-
-    @functools.cached_property
-    def images(self):
-        return np.stack([render(*key)[0] for key in self.keys])
-
-    @functools.cached_property
-    def labels(self):
-        return np.stack([render(*key)[1] for key in self.keys])
-
-    @functools.cached_property
-    def captions(self):
-        return {name: render(*key)[2] for name, key in zip(self.names, self.keys)}
-
-    def read(self, index):
-        image, label, _ = render(*self.keys[index])
-        return image, label
-
-    def caption(self, index, label, seed=None):
-        return render(*self.keys[index])[2]
-
     def stamp(self):
-        return f"toy {self.keys}"
-
-
-# Where a dataset's images and labels lie: patterns without suffix, whose end after the last * is no
-# part of the name; of two files of one name the first pattern's is taken. ACDC stands beside
-# Cityscapes: its layouts mean the same.
-FOLDERS = {
-    "cityscapes": (
-        ["leftImg8bit/{split}/*/*_leftImg8bit", "rgb_anon/{part}/{split}/*/*_rgb_anon"],
-        ["gtFine/{split}/*/*_gtFine_labelIds", "gtFine/{split}/*/*_gtFine_labelTrainIds",
-         "gt/{part}/{split}/*/*_gt_labelIds", "gt/{part}/{split}/*/*_gt_labelTrainIds"],
-        "unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip (cityscapes-dataset.com), "
-        "or rgb_anon_trainvaltest.zip and gt_trainval.zip (acdc.vision.ee.ethz.ch) there"),
-    "ade20k": (
-        ["images/{split}/*"],
-        ["annotations/{split}/*"],
-        "unpack ADEChallengeData2016.zip (sceneparsing.csail.mit.edu), name the folder inside it"),
-    "coco": (
-        ["{split}/*", "images/{split}/*"],
-        ["stuffthingmaps/{split}/*", "annotations/{split}/*"],
-        "unpack train2017.zip, val2017.zip (cocodataset.org) and stuffthingmaps_trainval2017.zip "
-        "(COCO-Stuff) there"),
-    "path": (
-        ["images/{split}/*", "images/*"],
-        ["labels/{split}/*", "labels/*"],
-        "put pictures into images/, layouts of the same names into labels/"),
-}
-SPLITS = {"ade20k": {"train": "training", "val": "validation"},
-          "coco": {"train": "train2017", "val": "val2017"}}
-
-
-def find_pairs(data, root, split):
-    """-> {name: path} of the images, and of the labels. Raises InputError where there are none."""
-    key, part = split_key(data)
-    *patterns, source = FOLDERS.get(key, FOLDERS["path"])
-    split = SPLITS.get(key, {}).get(split, split)
-    results = []
-    for places in patterns:
-        if part:  # a condition of ACDC
-            places = [place for place in places if "{part}" in place]
-        places = [place.format(split=split, part=part or "*") for place in places]
-        found = {}
-        for place in places:
-            end = place.rpartition("*")[2]
-            for file in find_images(root, place, PICTURES):
-                found.setdefault(file.stem.removesuffix(end), file)
-        if not found:
-            raise InputError(f"{data}: no {split} files {root}/{places[0]}.png: {source}")
-        results.append(found)
-    if "images/*" in patterns[0] and split == "val" and not Path(root, "images", split).is_dir():
-        print(f"{root}: has no images/val: the training's images serve as val", file=sys.stderr)
-    return results
-
-
-class Pairs(Scenes):
-    """Image/label pairs on disk: Cityscapes, ACDC, ADE20K, COCO-Stuff, or any folder with images/,
-    labels/ and classes.txt. data: as in `class_table`; "cityscapes:night" is ACDC's condition.
-
-    Cityscapes is resized to (size, 2 size), all else to `size` at the shorter side and a multiple
-    of `grid` at the longer; a picture of size x size stays as it is. Raises InputError with a
-    report of the pairs that are broken; skip_broken prints it instead, and leaves them out.
-    """
-
-    def __init__(self, data, root=None, split="train", size=512, captions=None, grid=8,
-                 augment=True, skip_broken=False):
-        if size < grid or size % grid:
-            raise InputError(f"size {size}: the autoencoder wants a multiple of {grid} pixels")
-        self.size = size
-        self.grid = grid
-        self.augment = augment
-        self.classes = class_table(data)
-        root = Path(root or self.classes.key)
-        self.images, self.labels = find_pairs(data, root, split)
-        self.captions = read_captions(root, split, captions)
-        names = sorted(self.images.keys() | self.labels.keys())
-        with ThreadPoolExecutor() as pool:
-            found = list(tqdm(pool.map(self.check, names), f"checking {split}", len(names),
-                              leave=False, disable=len(names) <= 500))
-        broken = [trouble for trouble in found if isinstance(trouble, str)]
-        self.shapes = {name: x for name, x in zip(names, found) if not isinstance(x, str)}
-        self.names = list(self.shapes)
-        if broken:
-            report = "\n  ".join([
-                f"{root}: {len(broken)} of {len(names)} pairs of {split} are broken", *broken[:5]])
-            if not skip_broken or not self.names:
-                raise InputError(f"{report}\n  mend them, or leave them out with --skip-broken")
-            print(report, file=sys.stderr)
-        if self.captions and not self.captions.keys() & self.shapes.keys():
-            raise InputError(
-                f"{captions or root}: captions of none of the {len(names)} {split} images: "
-                f"{next(iter(self.captions))!r} there, {self.names[0]!r} here")
-
-    def check(self, name):
-        """-> (H, W) of the resized picture, or a text: what is wrong with the pair."""
-        if name not in self.images:
-            return f"{name}: a label without an image"
-        if name not in self.labels:
-            return f"{name}: an image without a label"
-        try:
-            h, w = read_layout(self.labels[name], self.classes).shape
-            image = open_image(self.images[name], decode=False)
-        except InputError as error:
-            return str(error)
-        if image.size != (w, h):
-            return f"{name}: a label of {w} x {h}, an image of {image.width} x {image.height}"
-        S = self.size
-        if self.images[name].stem.endswith("_leftImg8bit") and (h, w) != (S, S):
-            return S, 2 * S
-        return tuple(round(side * S / min(h, w) / self.grid) * self.grid for side in (h, w))
-
-    def read(self, index):
-        name = self.names[index]
-        H, W = self.shapes[name]
-        image = read_image(self.images[name])
-        label = read_layout(self.labels[name], self.classes)
-        label = Image.fromarray(label.byte().numpy())
-        image = image.resize((W, H), Image.BICUBIC)  # PIL's averages over a pixel's whole area
-        label = label.resize((W, H), Image.NEAREST)
-        return np.asarray(image), np.asarray(label)
-
-    def caption(self, index, label, seed=None):
-        """The image's caption; of several, one by the seed (None: the first); of none, one composed
-        of the classes in label [H,W]."""
-        caption = self.captions.get(self.names[index])
-        if caption is None:
-            return compose_caption(label, self.classes.names)
-        if isinstance(caption, list):
-            return caption[(seed or 0) % len(caption)]
-        return caption
-
-    def stamp(self):
-        made_of = [self.captions, self.classes.names, self.classes.file_ids.tolist()]
-        for path in (*self.images.values(), *self.labels.values()):
-            status = path.stat()
-            made_of.append((path.name, status.st_size, status.st_mtime_ns))
+        """A text that changes with the items, but not with the place of the files."""
+        made_of = [self.captions, self.classes.names, self.classes.file_ids.tolist(), self.coding]
+        for name in self.names:
+            files = [fingerprint(self.images[name]), fingerprint(self.labels[name])]
+            made_of.append([name, self.shapes[name], files])
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
-def open_dataset(data, root=None, split="train", size=None, augment=True, **options):
-    """data: "toy" (day), "toy:night" (one domain), "toy:all", or as for `Pairs`."""
-    key, part = split_key(data)
+def check_sizes(name, image, label):
+    if image != label:
+        raise InputError(f"{name}: a label of {label[0]} x {label[1]}, an image of "
+                         f"{image[0]} x {image[1]}")
+
+
+def fingerprint(path):
+    """A file's size and last bytes, among which a PNG has checksums of its pixels."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 64))
+        return size, file.read().hex()
+
+
+def read_edits(path):
+    """edits_{split}.json of tools/toy_world.py, or None if there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(read_text(path))
+        {**content["edits"]}, [*content["targets"]]  # TypeError unless a dict and a list
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); remove it") from None
+    return content
+
+
+def open_dataset(data, root=None, split="train", size=None, **options):
+    """data: "toy" (day), "toy:night" (one weather), "toy:all" (by turns), or as for `Pairs`.
+
+    The toy world is drawn into root/WEATHER if it is not there; root is datasets/toy by default.
+    """
+    key, weather = split_key(data)
     if key != "toy":
-        return Pairs(data, root, split, size or 512, augment=augment, **options)
-    if size not in (None, SIDE):
-        raise InputError(f"size {size}: the toy world has {SIDE} pixels")
-    domains = DOMAINS if part == "all" else (part or "day",)
-    return Toy(split, domains, augment=augment)
+        return Pairs(data, root, split, size or 512, **options)
+    weather = weather or "day"
+    if weather not in (*toy_world.DOMAINS, "all"):
+        raise InputError(f"{data}: the toy world's weathers are {', '.join(toy_world.DOMAINS)}; or "
+                         "all")
+    if size not in (None, toy_world.SIDE):
+        raise InputError(f"size {size}: the toy world's pictures have {toy_world.SIDE} pixels")
+    root = Path(root or HERE / "datasets" / "toy")
+    try:
+        folder = toy_world.draw(root, weather)
+    except OSError as error:
+        raise InputError(f"--root {root}: the toy world cannot be drawn there: {error.strerror}; "
+                         "name another folder with --root") from None
+    return Pairs("toy", folder, split, toy_world.SIDE, **options)
 
 
 # -- batches ---------------------------------------------------------------------------------------
@@ -1166,35 +1111,54 @@ def batch_keys(n, batch, seed, step, rank, world):
     return keys
 
 
+def ignore_signals(worker):
+    """For loader processes: Ctrl-C and the like reach them as well, but their parent decides."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def batches(dataset, batch, seed, start=0, workers=0, rank=0, world=1, pin=False):
     """Endless batches of stacked items, from number `start` on.
 
-    Batch `step` depends on (seed, step, rank, world) alone: neither on the workers nor on where the
-    run began. pin: in pinned memory, for a GPU. Raises InputError for a file that can no longer be
-    read, from workers as well.
+    Batch `step` depends on (seed, step, rank, world) alone, not on the workers or on where the run
+    began. pin: in pinned memory, for a GPU. Raises InputError for a file that can no longer be
+    read, and if a worker is killed.
     """
     keys = (batch_keys(len(dataset), batch, seed, step, rank, world)
             for step in itertools.count(start))
     # With a generator of its own, the loader does not draw from torch's global one.
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=keys, num_workers=workers, persistent_workers=workers > 0,
-        pin_memory=pin, generator=torch.Generator())
+        pin_memory=pin, generator=torch.Generator(), worker_init_fn=ignore_signals)
+    others = set(multiprocessing.active_children())
+    items = iter(loader)  # starts the workers
+    processes = set(multiprocessing.active_children()) - others
+    if workers:  # torch's handler would raise the error of a killed worker anywhere in the program
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
-        yield from loader
+        yield from items
     except InputError as error:  # a worker's has its traceback before it
         raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
+    except Exception:
+        ended = multiprocessing.connection.wait([process.sentinel for process in processes], 1)
+        if not ended:
+            raise
+        for process in processes:
+            process.kill()  # the others may wait for the dead one, and they ignore milder signals
+        raise InputError(f"--workers {workers}: a process that loads data was killed, often for "
+                         "lack of memory: give fewer workers") from None
 
 
-# -- writing files ---------------------------------------------------------------------------------
-
-# Here and everywhere: a file is there whole, or not at all.
+# -- writing files: atomically ---------------------------------------------------------------------
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yields a temporary path beside `path`: what is written there takes the place of `path` once
-    all of it is on the disk. If anything fails it is removed, and `path` is as it was."""
+    """Yields a temporary path beside `path`, whose file replaces `path` once it is on the disk.
+
+    If anything fails, it is removed and `path` is unchanged.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}.part")
+    temporary = path.with_name(f".{os.getpid()}_{os.urandom(4).hex()}.part")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -1206,101 +1170,27 @@ def atomic(path):
 
 
 def remove_leftovers(folder):
-    """Remove the half-written files of `atomic` in a folder whose processes were killed."""
-    for path in Path(folder).glob(".[0-9]*.part"):
-        process = path.name.split(".")[1]
-        try:
-            os.kill(int(process), 0)  # only asks whether the process lives
-        except ProcessLookupError:
-            path.unlink(missing_ok=True)
-        except (ValueError, OverflowError, PermissionError):
-            pass  # not one of these; somebody else's, who is still writing
+    """Removes the half-written files of killed processes. The caller holds the folder's lock, so
+    nobody else is writing there."""
+    for path in Path(folder).glob(".*.part"):
+        path.unlink(missing_ok=True)
 
 
 def check_target(path):
     """InputError if no file can be written at `path`: for command lines, before the work."""
     path = Path(path)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: must be a file in a folder that is there and may be written to")
+    if os.path.isdir(path) or not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: must be a file in an existing folder that can be written to")
 
 
-def write_png(path, image):
-    """image: a PIL.Image, or uint8 [H,W] or [H,W,3]."""
+def write_png(path, image, **options):
+    """image: a PIL.Image, or uint8 [H,W] or [H,W,3]. options: of PIL's `save`, such as pnginfo."""
     if not isinstance(image, Image.Image):
         image = Image.fromarray(image)
     with atomic(path) as temporary:
-        image.save(temporary, "png")
+        image.save(temporary, "png", **options)
 
 
 def write_text(path, text):
     with atomic(path) as temporary:
         temporary.write_text(text, "utf-8")
-
-
-# -- the toy world as files ------------------------------------------------------------------------
-
-TOY_FILES = {
-    "cityscapes": ("leftImg8bit/{split}/toy/{name}_leftImg8bit.png",
-                   "gtFine/{split}/toy/{name}_gtFine_labelTrainIds.png"),
-    "acdc": ("rgb_anon/{domain}/{split}/toy/{name}_rgb_anon.png",
-             "gt/{domain}/{split}/toy/{name}_gt_labelTrainIds.png"),
-    "path": ("images/{split}/{name}.png", "labels/{split}/{name}.png"),
-}
-
-
-def write_toy(folder, form, split="train", length=None, domains=("day",)):
-    """Writes the toy world as a dataset's files; Pairs(size=64, grid=4) then has Toy's very items.
-
-    form: "cityscapes" or "acdc" (their folders, labelTrainIds), "path" (a folder of one's own).
-    """
-    toy = Toy(split, domains, length)
-    folder = Path(folder)
-    for (seed, domain), name in zip(toy.keys, toy.names):
-        for place, array in zip(TOY_FILES[form], render(seed, domain)):
-            path = folder / place.format(split=split, name=name, domain=domain)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_png(path, array)
-    write_text(folder / f"captions_{split}.json", json.dumps(toy.captions, indent=1))
-    if form == "path":
-        write_text(folder / "classes.txt", classes_text(toy.classes))
-    print(f"wrote {len(toy)} {split} pairs of the toy world")
-
-
-def show_toy(path):
-    """Writes a PNG: eight columns, each a layout above the five domains, twice enlarged."""
-    columns = []
-    for seed, _ in Toy("val", length=8).keys:
-        _, label, _ = render(seed, "day")
-        column = [np.asarray(colorize(label, "toy"))]
-        column += [render(seed, domain)[0] for domain in DOMAINS]
-        columns.append(np.concatenate(column))
-    write_png(path, np.concatenate(columns, 1).repeat(2, 0).repeat(2, 1))
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Writes the toy world as files, or as a picture.")
-    parser.error = refuse
-    target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--show", metavar="FILE.png", help="eight layouts in five domains")
-    target.add_argument("--write-toy", metavar="DIR", help="image/label pairs and captions")
-    add = parser.add_argument
-    add("--format", choices=TOY_FILES, default="cityscapes", help="the folders of --write-toy")
-    add("--split", choices=("train", "val"), default="train")
-    add("--n", type=int, help="how many pairs (2000 for train, 256 for val)")
-    add("--domains", default="day", help=f"comma-separated, out of {','.join(DOMAINS)}")
-    try:
-        args = parser.parse_args()
-        if args.n is not None and args.n < 1:
-            refuse(f"--n {args.n}: must be 1 or more")
-        if args.show:
-            show_toy(args.show)
-        else:
-            write_toy(args.write_toy, args.format, args.split, args.n, args.domains.split(","))
-    except (InputError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # half-written files are removed
-    main()

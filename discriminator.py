@@ -1,9 +1,9 @@
 """The segmentation discriminator (Sec. 3.1, Fig. 2 B): ResNet-101 + UperNet with N+1 outputs, and
 its losses.
 
-It should segment real images into their layout, and find every pixel of a generated one to be class
-N, "fake". Attribute names are mit-semseg's (`encoder.`, `decoder.`), whose ADE20K segmenter the
-official discriminator starts from.
+It learns to segment real images into their layout and to label every pixel of a generated image as
+class N, "fake". Attribute names are those of mit-semseg (`encoder.`, `decoder.`), whose ADE20K
+segmenter initialises the official discriminator.
 """
 import math
 
@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-IGNORE = 255  # void pixels of a label map: they count nowhere
+IGNORE = 255  # void pixels of a label map carry no loss
 IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def conv(cin, cout, kernel, stride=1):
-    """A convolution without bias: a batch norm follows."""
+    """A convolution without bias, since a batch norm follows."""
     return nn.Conv2d(cin, cout, kernel, stride, padding=kernel // 2, bias=False)
 
 
@@ -34,7 +34,7 @@ def resize(x, like):
 
 
 class Bottleneck(nn.Module):
-    """A residual block: 1x1 to `width` channels, 3x3, 1x1 to 4 `width`."""
+    """A residual block of 1x1, 3x3 and 1x1 convolutions with width, width, 4 width channels."""
 
     def __init__(self, cin, width, stride):
         super().__init__()
@@ -61,7 +61,7 @@ class Bottleneck(nn.Module):
 
 
 def stage(blocks, cin, width, stride):
-    """A row of Bottlenecks, of which the first one has the stride: cin -> 4 width channels."""
+    """A sequence of Bottlenecks, cin -> 4 width channels; only the first one is strided."""
     rest = [Bottleneck(4 * width, width, stride=1) for _ in range(blocks - 1)]
     return nn.Sequential(Bottleneck(cin, width, stride), *rest)
 
@@ -69,8 +69,8 @@ def stage(blocks, cin, width, stride):
 class ResNet(nn.Module):
     """Image -> four feature maps of 4, 8, 16 and 32 `width` channels.
 
-    Their resolutions are 1/4, 1/8, 1/16 and 1/32 of the image's; a `stem_stride` of 2 or 1 doubles
-    or quadruples them, which keeps the small objects of small images.
+    Their resolutions are 1/4, 1/8, 1/16 and 1/32 of the image's. A `stem_stride` of 2 or 1 doubles
+    or quadruples them, so that small objects survive in small images.
     """
 
     def __init__(self, layers, width, stem_stride):
@@ -89,7 +89,7 @@ class ResNet(nn.Module):
         self.layer4 = stage(layers[3], 16 * width, 8 * width, stride=2)
 
     def forward(self, image):
-        """image [B,3,H,W] -> list of four maps, from fine to coarse."""
+        """image [B,3,H,W] -> list of four maps, finest first."""
         x = F.relu(self.bn1(self.conv1(image)))
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.relu(self.bn3(self.conv3(x)))
@@ -102,15 +102,20 @@ class ResNet(nn.Module):
 
 
 class UperNetHead(nn.Module):
-    """Pools the coarsest map at four scales, runs a feature pyramid down to the finest map, and
-    fuses all levels at the finest one's resolution (Xiao et al. 2018)."""
+    """Pools the coarsest map at four scales, runs a feature pyramid from there to the finest map,
+    and fuses all levels at the finest resolution (Xiao et al. 2018).
+
+    channels   of the four maps
+    dim        channels of the pyramid
+    ppm_dim    channels of each pooled map (PPM: pyramid pooling module)
+    """
     scales = (1, 2, 3, 6)  # cells along each side of the pooled maps
 
-    def __init__(self, num_classes, channels, dim):
+    def __init__(self, num_classes, channels, dim, ppm_dim):
         super().__init__()
         *finer, top = channels
-        self.ppm_conv = nn.ModuleList(conv_bn(top, 2 * dim, 1) for _ in self.scales)
-        self.ppm_last_conv = conv_bn(top + 4 * 2 * dim, dim, 3)
+        self.ppm_conv = nn.ModuleList(conv_bn(top, ppm_dim, 1) for _ in self.scales)
+        self.ppm_last_conv = conv_bn(top + len(self.scales) * ppm_dim, dim, 3)
         self.fpn_in = nn.ModuleList(conv_bn(c, dim, 1) for c in finer)
         self.fpn_out = nn.ModuleList(nn.Sequential(conv_bn(dim, dim, 3)) for _ in finer)
         self.conv_last = nn.Sequential(
@@ -128,7 +133,7 @@ class UperNetHead(nn.Module):
             pooled.append(layer(h))
         f = self.ppm_last_conv(torch.cat(pooled, dim=1))  # (B, dim, H/32, W/32)
         pyramid = [f]
-        for i in (2, 1, 0):  # from coarse to fine
+        for i in (2, 1, 0):  # coarse to fine
             lateral = self.fpn_in[i](maps[i])
             f = lateral + resize(f, lateral)
             pyramid.append(self.fpn_out[i](f))
@@ -140,15 +145,17 @@ class UperNetHead(nn.Module):
 class UperNet(nn.Module):
     """image [B,3,H,W] in [-1,1] -> logits [B,num_classes,H,W].
 
-    normalize   True: the network sees images on ImageNet's mean and standard deviation, as
-                networks do that start from mit-semseg's weights; False: it sees [-1,1] as it is
+    The defaults are mit-semseg's ResNet-101 + UperNet. `normalize` selects the network's input:
+    True subtracts ImageNet's mean and divides by its standard deviation, as every network expects
+    that starts from mit-semseg's weights; False passes [-1,1] unchanged.
     """
 
-    def __init__(self, num_classes, layers=(3, 4, 23, 3), width=64, fpn_dim=256, stem_stride=4):
+    def __init__(self, num_classes, layers=(3, 4, 23, 3), width=64, fpn_dim=512, ppm_dim=512,
+                 stem_stride=4):
         super().__init__()
         self.encoder = ResNet(layers, width, stem_stride)
         channels = [4 * width, 8 * width, 16 * width, 32 * width]
-        self.decoder = UperNetHead(num_classes, channels, fpn_dim)
+        self.decoder = UperNetHead(num_classes, channels, fpn_dim, ppm_dim)
         self.normalize = False
         imagenet = torch.tensor(IMAGENET_MEAN_STD).view(2, 3, 1, 1)
         self.register_buffer("imagenet", imagenet, persistent=False)  # not in the files
@@ -166,7 +173,7 @@ class UperNet(nn.Module):
 
 
 class Classifier(nn.Module):
-    """image [B,3,H,W] in [-1,1] -> logits [B,num_classes] of it all: judges the toy's weather."""
+    """image [B,3,H,W] in [-1,1] -> logits [B,num_classes]: recognises the toy's weather."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -182,42 +189,45 @@ class Classifier(nn.Module):
 
 
 def class_balance(label, num_classes):
-    """gamma_c of each pixel, its class's inverse frequency: label [B,H,W] int64 -> weight [B,H,W].
+    """gamma_c, the inverse frequency of each pixel's class.
 
-    gamma_c = n_valid / (count_c * n_present * num_classes), counted over the batch, and 0 where the
-    label is void. So sum(gamma * loss) / n_valid is 1/num_classes times the mean, over the classes
-    that are present, of each class's mean loss.
+    label [B,H,W] int64 -> weight [B,H,W] = n_valid / (count_c * n_present * num_classes), counted
+    over the batch, and 0 where the label is void. Thus sum(gamma * loss) / n_valid is
+    1/num_classes times the mean, over the classes present, of each class's mean loss.
     """
     valid = label != IGNORE
-    classes = torch.arange(num_classes, device=label.device)
-    # Comparing instead of bincount, which would make the CPU wait for the GPU.
-    is_class = label.flatten()[:, None] == classes  # (B*H*W, num_classes)
-    count = is_class.sum(0)  # (num_classes,)
+    # scatter_add_ instead of bincount, for which the CPU would wait for the GPU
+    label = label.where(valid, num_classes)  # void gets a bin of its own, past the classes
+    count = torch.zeros(num_classes + 1, dtype=torch.int64, device=label.device)
+    count.scatter_add_(0, label.flatten(), torch.ones_like(label).flatten())
+    count = count[:num_classes]
     n_present = (count > 0).sum().clamp(min=1)
-    gamma = valid.sum() / (count.clamp(min=1) * n_present * num_classes)
-    return gamma[label.where(valid, 0)] * valid
+    gamma = valid.sum() / (count.clamp(min=1) * n_present * num_classes)  # (num_classes,)
+    return F.pad(gamma, (0, 1))[label]
 
 
-def layout_loss_map(logits, label):
-    """The adversarial loss of each pixel, gamma_c * CE(Dis(x0_hat), y).
+def layout_loss_map(logits, label, gamma=None):
+    """The adversarial loss of each pixel, gamma_c * CE(Dis(x0_hat), y) (Sec. 3.1).
 
-    logits [B,N+1,H,W], label [B,H,W] -> [B,H,W] fp32, 0 at void pixels. L_adv is its sum over the
-    number of valid pixels (`per_valid_pixel`).
+    logits [B,N+1,H,W], label [B,H,W], gamma [B,H,W] from `class_balance` (None: computed here)
+    -> [B,H,W] fp32, 0 at void pixels. L_adv is its sum over the number of valid pixels.
     """
+    if gamma is None:
+        gamma = class_balance(label, logits.shape[1])
     ce = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none")
-    return class_balance(label, logits.shape[1]) * ce
+    return gamma * ce
 
 
 def per_valid_pixel(loss_map, label):
-    """loss_map [B,H,W] -> its sum over the number of pixels whose label is not void."""
+    """loss_map [B,H,W] -> its sum divided by the number of pixels that are not void (scalar)."""
     return loss_map.sum() / (label != IGNORE).sum().clamp(min=1)
 
 
 def discriminator_loss(real_logits, fake_logits, label, fake_weight):
-    """L_Dis: real images should be segmented into their layout, every pixel of a fake is class N.
+    """L_Dis (Sec. 3.1): segment real images into their layout, call every pixel of a fake class N.
 
     real_logits, fake_logits [B,N+1,H,W], label [B,H,W] -> scalar, and its parts: real, fake, and
-    `caught`, the share of the fakes' pixels that the discriminator takes for fake.
+    `caught`, the fraction of the fakes' pixels classified as fake.
     """
     real = per_valid_pixel(layout_loss_map(real_logits, label), label)
     log_p_fake = F.log_softmax(fake_logits.float(), dim=1)[:, -1]  # (B, H, W)
@@ -227,14 +237,14 @@ def discriminator_loss(real_logits, fake_logits, label, fake_weight):
     return real + fake_weight * fake, parts
 
 
-# -- segmentation and its measure ------------------------------------------------------------------
+# -- segmentation and mIoU --------------------------------------------------------------------------
 
 
 def segment(net, image, size):
-    """The net's answer for a whole image, in windows of the size it was trained at.
+    """Segment a whole image in windows of the size that the net was trained at.
 
-    image [B,3,H,W] -> logits [B,N,H,W]: the windows overlap by half or more, and where they do
-    their logits are averaged. An image smaller than a window is seen as it is.
+    image [B,3,H,W] -> logits [B,N,H,W]. Windows overlap by at least half, and overlapping logits
+    are averaged. An image smaller than a window is passed to the net as it is.
     """
     B, _, H, W = image.shape
     total = None
@@ -251,7 +261,7 @@ def segment(net, image, size):
 
 
 def window_starts(length, size):
-    """Where windows of `size` begin that cover `length` evenly and overlap by half or more."""
+    """Starts of windows of `size` that cover `length` evenly and overlap by at least half."""
     if length <= size:
         return [0]
     steps = math.ceil((length - size) / (size // 2))
@@ -267,7 +277,7 @@ def confusion_matrix(pred, label, num_classes):
 
 
 def mean_iou(confusion):
-    """confusion [N,N] -> mean IoU, IoU per class [N]: nan where it is neither there nor found."""
+    """confusion [N,N] -> mean IoU, IoU per class [N]; nan for a class that occurs in neither."""
     hit = confusion.diag().double()
     union = confusion.sum(0) + confusion.sum(1) - hit
     iou = hit / union

@@ -1,14 +1,23 @@
 """The latent UNet of Stable Diffusion 1.x and the adapters that bring a layout into it.
 
-The UNet predicts the noise eps_theta(x_t, y, t) of Sec. 3.1 and stays frozen. What is trained is
-one of
-    ControlNet   a copy of the encoder half whose outputs are added to the skips, ALDM's choice
-                 (Zhang & Agrawala 2023)
-    T2IAdapter   a small pyramid whose features are added to the encoder's levels (Mou et al. 2023)
-    OFT          orthogonal rotations of attention and feed-forward weights (Qiu et al. 2023)
-or, as the baseline FreestyleNet (Xue et al. 2023), the UNet itself under rectified cross-attention
-(`rectify`). Attribute names are the checkpoints' key names, after `model.diffusion_model.` and
-`control_model.`. In shapes: B images, c channels, h x w latent pixels, m words (77).
+The UNet predicts the noise eps_theta(x_t, y, t) of Sec. 3.1 and stays frozen. What is trained is an
+adapter. Each is a class with the same three members,
+
+    hint        what it takes in: "classes", "color" or "words" (see aldm.LayoutEncoder)
+    encode      a hint -> whatever depends on the layout alone, computed once per layout
+    condition   x_t, t, context and that -> keyword arguments of UNet.forward
+
+and `on(unet, ...)`, which builds it in its initial state on a frozen UNet:
+
+    ControlNet     a copy of the encoder half whose outputs are added to the skips, ALDM's choice
+                   (Zhang & Agrawala 2023)
+    T2IAdapter     a small pyramid whose features are added to the encoder (Mou et al. 2023)
+    OFT            orthogonal rotations of attention and feed-forward weights (Qiu et al. 2023)
+    FreestyleNet   trains the UNet itself under rectified cross-attention (Xue et al. 2023)
+    PITI           encodes the layout into the text's place (Wang et al. 2022)
+
+Attribute names are the checkpoints' key names, after `model.diffusion_model.` and `control_model.`.
+In shapes: B images, c channels, h x w latent pixels, m tokens of text (77).
 """
 import math
 from dataclasses import dataclass
@@ -31,15 +40,15 @@ class UNetConfig:
     attention_resolutions: tuple = (4, 2, 1)  # downsampling rates at which there are transformers
     num_heads: int = 8
     context_dim: int = 768
-    groups: int = 32  # of the group norms
+    groups: int = 32  # of each group norm
 
 
 # -- layers ----------------------------------------------------------------------------------------
 
 
 class TimeEmbed(nn.Sequential):
-    """t [B] int64 -> the time embedding [B,4c]: two layers on cosines, then sines, of frequencies
-    from 1 down to nearly 1/10000."""
+    """t [B] int64 -> the time embedding [B,4c]: cosines and sines of t at geometric frequencies
+    between 1 and 1/10000, then two linear layers."""
 
     def __init__(self, c):
         super().__init__(nn.Linear(c, 4 * c), nn.SiLU(), nn.Linear(4 * c, 4 * c))
@@ -52,7 +61,7 @@ class TimeEmbed(nn.Sequential):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions around the addition of the time embedding, and a skip connection."""
+    """Two convolutions, with the time embedding added between them, and a skip connection."""
 
     def __init__(self, cin, cout, cfg):
         super().__init__()
@@ -65,7 +74,7 @@ class ResBlock(nn.Module):
         self.out_layers = nn.Sequential(
             nn.GroupNorm(cfg.groups, cout),
             nn.SiLU(),
-            nn.Identity(),  # dropout in the original; it keeps the numbers in the key names
+            nn.Identity(),  # the original's dropout: keeps the numbering of the keys
             nn.Conv2d(cout, cout, 3, padding=1),
         )
         self.skip_connection = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
@@ -79,7 +88,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of the pixels over themselves or over the words."""
+    """Multi-head attention of the pixels over themselves or over the tokens of the text."""
 
     def __init__(self, dim, context_dim, heads):
         super().__init__()
@@ -100,7 +109,7 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """A linear layer of which one half gates the other."""
+    """A linear layer, one half of whose outputs gates the other half."""
 
     def __init__(self, dim, inner):
         super().__init__()
@@ -124,7 +133,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pixels attend to each other (attn1), then to the words (attn2); then each goes through ff."""
+    """Self-attention (attn1), cross-attention to the text (attn2), and a feed-forward network."""
 
     def __init__(self, dim, context_dim, heads):
         super().__init__()
@@ -136,7 +145,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
 
     def forward(self, x, context, mask):
-        """x [B,n,dim] -> [B,n,dim]; context [B,m,context_dim] and mask [B,1,n,m] are for attn2."""
+        """x [B,n,dim] -> [B,n,dim]; attn2 takes context [B,m,context_dim] and mask [B,1,n,m]."""
         h = self.norm1(x)
         x = x + self.attn1(h, h)
         x = x + self.attn2(self.norm2(x), context, mask)
@@ -191,7 +200,7 @@ class Upsample(nn.Module):
 
 
 class Block(nn.Sequential):
-    """A sequence that hands the time embedding to ResBlocks, and the words to transformers."""
+    """A sequence that passes the time embedding to ResBlocks and the context to transformers."""
 
     def forward(self, x, emb, context, mask=None):
         for layer in self:
@@ -208,8 +217,8 @@ class Block(nn.Sequential):
 
 
 def encoder_half(cfg):
-    """The half that a ControlNet copies -> input_blocks, middle_block, and the list of the channels
-    that each input block puts out."""
+    """The half that a ControlNet copies -> input_blocks, middle_block, and the number of channels
+    that each input block returns."""
     c = cfg.model_channels
     blocks = nn.ModuleList([Block(nn.Conv2d(cfg.in_channels, c, 3, padding=1))])
     channels = [c]
@@ -231,8 +240,8 @@ def encoder_half(cfg):
 
 
 class UNet(nn.Module):
-    """eps_theta: the noise in x_t, given the time and the words; the layout enters as control,
-    features or mask."""
+    """eps_theta: predicts the noise in x_t from t and the context. The layout enters as control,
+    features or mask, or within the context."""
 
     def __init__(self, cfg=UNetConfig()):
         super().__init__()
@@ -240,7 +249,7 @@ class UNet(nn.Module):
         self.time_embed = TimeEmbed(cfg.model_channels)
         self.input_blocks, self.middle_block, skips = encoder_half(cfg)
 
-        # The decoder, from the lowest level up: every block takes in the last skip not yet used.
+        # The decoder, from the lowest level up: each block consumes the last unused skip.
         c = skips[-1]
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(len(cfg.channel_mult))):
@@ -260,14 +269,13 @@ class UNet(nn.Module):
     def forward(self, x, t, context, control=None, features=None, mask=None):
         """x [B,4,h,w], t [B] int64, context [B,77,768] -> eps [B,4,h,w].
 
-        control   ControlNet's residuals: one per input block, added to its skip, and a last one
-                  that is added to the output of the middle block
+        control   ControlNet's residuals: one per input block, added to its skip, and one more,
+                  added to the output of the middle block
         features  {i: tensor added to the output of input block i} (T2I-Adapter, OFT)
-        mask      [B,77,h,w] bool: the words that each pixel may attend to (FreestyleNet)
+        mask      [B,m,h,w] bool: the tokens that each pixel may attend to (FreestyleNet)
 
-        With frozen weights the encoder half has a graph only where `features`, or an x that carries
-        gradient, give it one: control enters after it, and sends gradient through the decoder half
-        alone.
+        With frozen weights, and an x that needs no gradient, control builds a graph through the
+        decoder half alone, since it enters after the encoder half; features build it through both.
         """
         emb = self.time_embed(t)  # (B, 4c)
         h = x
@@ -292,103 +300,112 @@ class UNet(nn.Module):
 
 
 def zero(module):
-    """Set all parameters to zero, so that what is trained starts without effect -> the module."""
+    """Set all parameters to zero, so that a new branch starts without effect -> the module."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
 
 
-# The widths in the original ControlNet's hint block, for a colour-coded layout.
-COLOR_WIDTHS = (16, 16, 32, 32, 96, 96, 256)
+class HintBlock(nn.Sequential):
+    """3x3 convolutions that bring a hint to the latents' resolution; the last one starts at zero.
 
-
-def hint_block(cin, widths, cout, halvings=1):
-    """3x3 convolutions that take the hint to the latents' resolution; the last starts at zero.
-
-    The third one and every second one after it halve the resolution: once that of a class hint,
-    which comes at twice the latents'; `halvings` times that of a colour hint (cin = 3), which comes
-    at the image's.
+    cin        3: a colour hint, at the image's resolution, halved `halvings` times, in the widths
+               of the original ControlNet; else a class hint, at twice the latents' resolution
+    widths     channels of a class hint's convolutions
+    cout       channels of the result
     """
-    if cin == 3:
-        widths = COLOR_WIDTHS
-    else:
-        widths = [*widths, widths[-1]]
-        halvings = 1
-    layers = []
-    for i, width in enumerate(widths):
-        stride = 2 if i in range(2, 2 + 2 * halvings, 2) else 1
-        layers.append(nn.Conv2d(cin, width, 3, stride, padding=1))
-        layers.append(nn.SiLU())
-        cin = width
-    layers.append(zero(nn.Conv2d(cin, cout, 3, padding=1)))
-    return nn.Sequential(*layers)
+    COLOR_WIDTHS = (16, 16, 32, 32, 96, 96, 256)
 
+    def __init__(self, cin, widths, cout, halvings=1):
+        if cin == 3:
+            widths = self.COLOR_WIDTHS
+        else:
+            widths = [*widths, widths[-1]]
+            halvings = 1
+        layers = []
+        for i, width in enumerate(widths):
+            stride = 2 if i in range(2, 2 + 2 * halvings, 2) else 1  # the third, fifth, ...
+            layers.append(nn.Conv2d(cin, width, 3, stride, padding=1))
+            layers.append(nn.SiLU())
+            cin = width
+        layers.append(zero(nn.Conv2d(cin, cout, 3, padding=1)))
+        super().__init__(*layers)
 
-def apply_hint_block(block, hint, table=None):
-    """hint [B,C,H,W] -> features [B,c,h,w].
+    def forward(self, hint, table=None):
+        """hint [B,C,H,W] -> features [B,cout,h,w].
 
-    With `table` [N+1,C], the class embeddings, hint is the one-hot layout [B,N+1,H,W]: embedding
-    the classes and the first convolution are both linear, so they are one convolution from N+1
-    channels, C/(N+1) times cheaper.
-    """
-    first = block[0]
-    weight = first.weight  # (O, C, 3, 3)
-    if table is not None:
-        weight = torch.einsum("ocij,nc->onij", weight, table.to(weight))  # (O, N+1, 3, 3)
-    h = F.conv2d(hint, weight, first.bias, first.stride, first.padding)
-    return block[1:](h)
+        With `table` [N+1,C], the class embeddings, hint is the one-hot layout [B,N+1,H,W]. Looking
+        embeddings up and the first convolution are both linear: together they are one convolution
+        from N+1 channels, C/(N+1) times cheaper.
+        """
+        first, *rest = self
+        weight = first.weight  # (O, C, 3, 3)
+        if table is not None:
+            weight = torch.einsum("ocij,nc->onij", weight, table.to(weight))  # (O, N+1, 3, 3)
+        h = F.conv2d(hint, weight, first.bias, first.stride, first.padding)
+        for layer in rest:
+            h = layer(h)
+        return h
 
 
 class ControlNet(nn.Module):
-    """The encoder half once more, with the layout's features added after its first convolution.
+    """A second encoder half, with the layout's features added after its first convolution.
 
-    Through convolutions that start at zero its outputs are added to the frozen UNet's skips. ALDM's
+    Its outputs are added to the frozen UNet's skips through convolutions that start at zero. ALDM's
     hint is a map of class embeddings (hint_channels numbers per cell, at 2h x 2w); hint_channels=3
     is the original ControlNet's, a colour-coded layout at 8h x 8w.
     """
 
-    def __init__(
-        self, cfg=UNetConfig(), hint_channels=768, hint_widths=(768, 512, 256), halvings=3
-    ):
+    def __init__(self, cfg=UNetConfig(), hint_channels=768, hint_widths=(768, 512, 256),
+                 halvings=3):
         super().__init__()
+        self.hint = "color" if hint_channels == 3 else "classes"
         self.time_embed = TimeEmbed(cfg.model_channels)
         self.input_blocks, self.middle_block, channels = encoder_half(cfg)
-        self.input_hint_block = hint_block(hint_channels, hint_widths, cfg.model_channels, halvings)
+        self.input_hint_block = HintBlock(hint_channels, hint_widths, cfg.model_channels, halvings)
         self.zero_convs = nn.ModuleList()
         for c in channels:
             self.zero_convs.append(nn.Sequential(zero(nn.Conv2d(c, c, 1))))
         c = channels[-1]
         self.middle_block_out = nn.Sequential(zero(nn.Conv2d(c, c, 1)))
 
-    def start_from(self, unet):
-        """Copy the UNet's encoder half, as is usual."""
-        self.time_embed.load_state_dict(unet.time_embed.state_dict())
-        self.input_blocks.load_state_dict(unet.input_blocks.state_dict())
-        self.middle_block.load_state_dict(unet.middle_block.state_dict())
+    @classmethod
+    def on(cls, unet, hint_channels, hint_widths, factor):
+        """A ControlNet that starts as a copy of the UNet's encoder half."""
+        adapter = cls(unet.cfg, hint_channels, hint_widths, halvings=int(math.log2(factor)))
+        for part in "time_embed", "input_blocks", "middle_block":
+            getattr(adapter, part).load_state_dict(getattr(unet, part).state_dict())
+        return adapter
 
-    def residuals(self, x, t, context, hint_features):
-        """As forward, from the hint's features [B,c,h,w], which are the same at every timestep."""
+    def encode(self, hint, table=None):
+        """A hint (see HintBlock) -> its features [B,c,h,w], the same at every timestep."""
+        return self.input_hint_block(hint, table)
+
+    def condition(self, x_t, t, context, features):
+        return {"context": context, "control": self.residuals(x_t, t, context, features)}
+
+    def residuals(self, x_t, t, context, features):
+        """x_t [B,4,h,w], t [B], context [B,77,768], features [B,c,h,w] -> what is added to the
+        UNet: 13 tensors, for input blocks 0..11 and the middle block."""
         emb = self.time_embed(t)  # (B, 4c)
-        h = x
+        h = x_t
         out = []
         for i, block in enumerate(self.input_blocks):
             h = block(h, emb, context)
             if i == 0:
-                h = h + hint_features
+                h = h + features
             out.append(self.zero_convs[i](h))
         h = self.middle_block(h, emb, context)
         out.append(self.middle_block_out(h))
         return out
 
-    def forward(self, x, t, context, hint):
-        """x [B,4,h,w], t [B], context [B,77,768], hint [B,768,2h,2w] -> 13 residuals (input blocks
-        0..11, middle)."""
-        features = apply_hint_block(self.input_hint_block, hint)  # (B, c, h, w)
-        return self.residuals(x, t, context, features)
+    def forward(self, x_t, t, context, hint):
+        """As `residuals`, from the hint itself: [B,768,2h,2w], or [B,3,8h,8w]."""
+        return self.residuals(x_t, t, context, self.encode(hint))
 
 
 class AdapterBlock(nn.Module):
-    """A residual block of the T2I-Adapter; it starts as its skip path."""
+    """A residual block of the T2I-Adapter; block2 starts at zero."""
 
     def __init__(self, cin, cout, down):
         super().__init__()
@@ -409,7 +426,8 @@ class AdapterBlock(nn.Module):
 class T2IAdapter(nn.Module):
     """A pyramid of feature maps, one per level of the UNet's encoder, from a colour-coded layout
     whose squares of factor x factor pixels are folded into channels. It starts at zero (conv_in and
-    every block2); key names are those of the official files."""
+    every block2). Key names are those of the official files."""
+    hint = "color"
 
     def __init__(self, cfg=UNetConfig(), factor=8):
         super().__init__()
@@ -417,8 +435,8 @@ class T2IAdapter(nn.Module):
         c = cfg.model_channels * cfg.channel_mult[0]
         self.conv_in = zero(nn.Conv2d(3 * factor ** 2, c, 3, padding=1))
 
-        # Two blocks per level. What they put out is added after the level's last ResBlock: the
-        # UNet's input blocks are a convolution, then each level's ResBlocks and its Downsample.
+        # Two blocks per level. Their output is added after the level's last ResBlock: the UNet's
+        # input blocks are a convolution, then each level's ResBlocks and its Downsample.
         self.body = nn.ModuleList()
         self.last_of_level = []
         for level, mult in enumerate(cfg.channel_mult):
@@ -428,8 +446,12 @@ class T2IAdapter(nn.Module):
             self.last_of_level.append((cfg.num_res_blocks + 1) * (level + 1) - 1)
             c = width
 
-    def forward(self, hint):
-        """Colour-coded layout [B,3,8h,8w] in [0,1] -> {number of an input block: its features}."""
+    @classmethod
+    def on(cls, unet, hint_channels, hint_widths, factor):
+        return cls(unet.cfg, factor)
+
+    def encode(self, hint):
+        """Colour-coded layout [B,3,8h,8w] in [0,1] -> {index of an input block: its features}."""
         h = self.unshuffle(hint)  # (B, 3*8*8, h, w)
         h = self.conv_in(h)  # (B, c, h, w)
         features = {}
@@ -438,6 +460,9 @@ class T2IAdapter(nn.Module):
             h = self.body[2 * level + 1](h)
             features[last] = h
         return features
+
+    def condition(self, x_t, t, context, features):
+        return {"context": context, "features": features}
 
 
 class Rotation(nn.Module):
@@ -451,14 +476,14 @@ class Rotation(nn.Module):
         self.params = params  # (blocks, d, d); S is their antisymmetric part
 
     def matrix(self):
-        """-> R's blocks [blocks,d,d]."""
+        """-> the blocks of R [blocks,d,d]."""
         S = (self.params - self.params.mT) / 2
         I = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
-        # The two factors commute. (solve_ex: no check of I - S, for which a GPU would be waited.)
+        # The two factors commute. solve_ex skips a check for which the CPU would wait for the GPU.
         return torch.linalg.solve_ex(I - S, I + S)[0]
 
     def forward(self, weight):
-        """weight [o,blocks*d] -> the same shape and dtype; computed in the parameters' fp32."""
+        """weight [o,blocks*d] -> the same shape and dtype, computed in the parameters' fp32."""
         with torch.autocast(weight.device.type, enabled=False):
             R = self.matrix()
             w = rearrange(weight.to(R.dtype), "o (b i) -> b o i", b=len(R))  # (blocks, o, d)
@@ -468,45 +493,79 @@ class Rotation(nn.Module):
 
 
 class OFT(nn.Module):
-    """Rotates, block by block, the inputs of the UNet's attention projections and of its gated
-    feed-forwards, starting at the identity. The layout enters through a hint block that starts at
-    zero and is added after the first convolution."""
+    """Rotates, block by block, the inputs of the UNet's attention projections and gated
+    feed-forward layers, starting at the identity. The layout enters through a hint block that
+    starts at zero and is added after the first convolution."""
+    hint = "classes"
 
     def __init__(self, unet, hint_channels=768, hint_widths=(768, 512, 256), blocks=4):
         super().__init__()
-        c = unet.cfg.model_channels
-        self.input_hint_block = hint_block(hint_channels, hint_widths, c)
+        self.input_hint_block = HintBlock(hint_channels, hint_widths, unet.cfg.model_channels)
         self.rotations = nn.ParameterDict()
         for name, linear in self.projections(unet):
             d = linear.in_features // blocks
             zeros = torch.zeros(blocks, d, d, device=linear.weight.device)
             self.rotations[name] = nn.Parameter(zeros)
 
+    @classmethod
+    def on(cls, unet, hint_channels, hint_widths, factor):
+        """From now on the UNet computes its rotated weights from the frozen ones."""
+        adapter = cls(unet, hint_channels, hint_widths)
+        for name, linear in cls.projections(unet):
+            rotation = Rotation(adapter.rotations[name])
+            parametrize.register_parametrization(linear, "weight", rotation)
+        return adapter
+
     @staticmethod
     def projections(unet):
-        """-> [(name, linear layer)] of everything that is rotated; parameter names have no dots."""
+        """-> [(name, linear layer)] of all rotated layers; parameter names cannot contain dots."""
         found = []
         for name, module in unet.named_modules():
             if name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0", ".proj")):
                 found.append((name.removesuffix(".0").replace(".", "/"), module))
         return found
 
-    def attach(self, unet):
-        """From now on the UNet computes these weights from frozen ones and the rotations."""
-        for name, linear in self.projections(unet):
-            rotation = Rotation(self.rotations[name])
-            parametrize.register_parametrization(linear, "weight", rotation)
-
     @staticmethod
     def merge(unet):
-        """Write the rotations into the weights: sampling then costs what it cost before."""
+        """Write the rotations into the weights, so that sampling costs no more than without."""
         for _, linear in OFT.projections(unet):
             parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
 
+    def encode(self, hint, table=None):
+        """A class hint (see HintBlock) -> its features [B,c,h,w]."""
+        return self.input_hint_block(hint, table)
+
+    def condition(self, x_t, t, context, features):
+        return {"context": context, "features": {0: features}}
+
+
+class FreestyleNet(nn.Module):
+    """Trains the UNet itself. Its text is the list of the layout's classes and the prompt: each
+    pixel attends to the words of its own class (`rectify`) and to the whole prompt."""
+    hint = "words"
+
+    def __init__(self, unet):
+        super().__init__()
+        self.unet = unet.requires_grad_(True)
+
+    @classmethod
+    def on(cls, unet, hint_channels, hint_widths, factor):
+        return cls(unet)
+
+    def encode(self, words, mask):
+        """words [B,77,C], the encoded list of classes, and mask [B,77,h,w] from `rectify`."""
+        return words, mask
+
+    def condition(self, x_t, t, context, encoded):
+        words, mask = encoded
+        to_all = torch.ones_like(mask[:, :1]).expand(-1, context.shape[1], -1, -1)
+        return {"context": torch.cat([words, context], dim=1),  # (B, 77 + 77, C)
+                "mask": torch.cat([mask, to_all], dim=1)}  # (B, 77 + 77, h, w)
+
 
 def rectify(label, token_class):
-    """FreestyleNet's rectified cross-attention: of the words that name a class, each pixel attends
-    only to those of its own; what names none (start, end, padding) is open to all pixels.
+    """FreestyleNet's rectified cross-attention: of the tokens that name a class, a pixel attends
+    only to those of its own; tokens that name none (start, end, padding) are open to all pixels.
 
     label [B,h,w] int64 at the latents' resolution (255 = void), token_class [B,77] int64: the class
     that a token names, or -1 -> mask [B,77,h,w] bool
@@ -515,3 +574,35 @@ def rectify(label, token_class):
     token_class = token_class[:, :, None, None]  # (B, 77, 1, 1)
     names_none = token_class < 0
     return (token_class == label) | names_none
+
+
+class PITI(nn.Module):
+    """Encodes the layout into the space of the text, whose place it takes; the prompt is ignored.
+
+    As in the paper training has two stages: first the encoder alone, then encoder and UNet together
+    (`train.py --finetune`, started with --init from the first).
+    """
+    hint = "classes"
+    GRID = 7, 11  # 77 tokens, as many as a text has
+
+    def __init__(self, unet, hint_channels=768, hint_widths=(768, 512, 256)):
+        super().__init__()
+        c = unet.cfg.context_dim
+        self.unet = unet
+        self.input_hint_block = HintBlock(hint_channels, hint_widths, c)
+        self.position = nn.Parameter(0.02 * torch.randn(77, c))  # tells the tokens apart
+        self.norm = nn.LayerNorm(c)  # as the text encoder's last layer
+
+    @classmethod
+    def on(cls, unet, hint_channels, hint_widths, factor):
+        return cls(unet, hint_channels, hint_widths)
+
+    def encode(self, hint, table=None):
+        """A class hint (see HintBlock) -> context [B,77,C]: a grid of 7 x 11 tokens."""
+        h = self.input_hint_block(hint, table)  # (B, C, h, w)
+        h = F.adaptive_avg_pool2d(h, self.GRID)  # (B, C, 7, 11)
+        tokens = rearrange(h, "b c i j -> b (i j) c")  # (B, 77, C)
+        return self.norm(tokens + self.position)
+
+    def condition(self, x_t, t, context, tokens):
+        return {"context": tokens}

@@ -1,7 +1,7 @@
 """The KL autoencoder of Stable Diffusion 1.x: 512x512 images become latents of 64x64x4 and back.
 
 The paper trains and samples in its latent space, and decodes the denoised estimates with it so that
-the discriminator judges pixels (Sec. 3.1). Attribute names are the checkpoint's key names under
+the discriminator judges pixels (Sec. 3.1). Attribute names are the key names of checkpoints, after
 `first_stage_model.`.
 """
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class VAEConfig:
     z_channels: int = 4
     scale: float = 0.18215  # brings the latents to unit variance
     groups: int = 32  # of the group norms
-    patch: int = 1  # side of the squares of pixels that are folded into channels first
+    patch: int = 1  # side of the squares of pixels that are first folded into channels
 
     @property
     def factor(self):

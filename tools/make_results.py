@@ -1,0 +1,227 @@
+"""Run the rows of our tables, and write them as Markdown.
+
+    python tools/make_results.py main k --runs runs/results --out runs/results/results.md
+
+Each row is train.py with some flags, run with each seed in a folder of its own under --runs. Runs
+that are finished are kept: the same command continues after an interruption, and tables share runs.
+Folders are named after the rows' flags: choose a new --runs after a change of the code, of its
+defaults or of --train-flags.
+"""
+import argparse
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+
+from data import check_target, refuse, write_text
+from tools.command import number
+from tools.run import Stopped, run_command
+from tools.toy_world import DOMAINS
+from train import FIGURES, SETTINGS, whole
+
+# Adapters from which rows start, as START/NAME in their flags. One may start from another.
+STARTS = {
+    "t2i": "--adapter t2i --discriminator none --lr 1e-3 --steps 1500",
+    "oft": "--adapter oft --discriminator none --lr 1e-3 --steps 1500",
+}
+NOISE = "--discriminator none --steps 800"  # takes as long as 250 steps of ALDM
+TABLES = {  # name -> title, {row: flags of train.py}
+    "main": ("Noise loss and ALDM for the same time, both from the shipped ControlNet", {
+        "noise loss": NOISE,
+        "ALDM": ""}),
+    "long": ("Four times as long: does the noise loss catch up?", {
+        "noise loss": "--discriminator none --steps 3200",
+        "ALDM, a slower discriminator": "--steps 1000 --lr-d 5e-5",
+        "ALDM, the discriminator frozen": "--discriminator frozen --steps 1000"}),
+    "k": ("Unrolled steps K, and how many of their estimates are judged", {
+        "K = 0": "--unroll 0",
+        "K = 3, 1 judged": "--unroll 3 --judged 1",
+        "K = 3, all judged": "--unroll 3 --judged 3",
+        "K = 9, 1 judged": "--unroll 9 --judged 1",
+        "K = 9, 2 judged": "--unroll 9 --judged 2",
+        "K = 9, 4 judged": "--unroll 9 --judged 4",
+        "K = 9, all judged": "--unroll 9 --judged 9",
+        "K = 9, 2 judged, `first`": "--unroll 9 --judged 2 --unroll-grad first",
+        "K = 9, all judged, `first`": "--unroll 9 --judged 9 --unroll-grad first"}),
+    "gradient": ("Where the gradient flows in the unrolled steps", {
+        "`first`": "--unroll-grad first",
+        "`each` (default)": "",
+        "`full`": "--unroll-grad full"}),
+    "discriminator": ("The discriminator", {
+        "trained (default)": "",
+        "frozen": "--discriminator frozen",
+        "none, the noise loss alone": NOISE}),
+    "adapters": ("The same with other adapters, from their own noise loss", {
+        "T2I-Adapter, the start": "START/t2i",
+        "T2I-Adapter, noise loss": f"--init START/t2i {NOISE}",
+        "T2I-Adapter, ALDM": "--init START/t2i",
+        "OFT, the start": "START/oft",
+        "OFT, noise loss": f"--init START/oft {NOISE}",
+        "OFT, ALDM": "--init START/oft"}),
+    "lambda": ("lambda_adv, and the weight of the fake term", {
+        "lambda 0.3": "--lambda-adv 0.3",
+        "lambda 1 (default)": "",
+        "lambda 2": "--lambda-adv 2",
+        "lambda 4": "--lambda-adv 4",
+        "fake weight 0.1": "--fake-weight 0.1",
+        "fake weight 0.001": "--fake-weight 0.001"}),
+}
+PROMPTS = ("a street at night", "a street in fog", "a street in snow", "a street in rain")
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+def end_at_signals():
+    """From now on signals raise SystemExit, so that `call` stops the command that it waits for."""
+    for which in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        signal.signal(which, lambda which, _: sys.exit(128 + which))
+
+
+def call(command):
+    """Run a command to its end. If this process is stopped, stop the command and wait until it has
+    saved. Raises Stopped if it fails."""
+    print(shlex.join(command[1:]), flush=True)
+    # In a session of its own: from a terminal, Ctrl-C would reach it twice.
+    with subprocess.Popen(command, start_new_session=True) as process:
+        try:
+            process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if process.returncode:
+        raise Stopped(f"{shlex.join(command[1:])}: failed with exit code {process.returncode}")
+
+
+def finish(out, script, flags, product, args):
+    """Run a script in `out`, or resume it there, unless it is finished -> the content of the JSON
+    file out/product, the last file that it writes."""
+    if not (out / product).exists():
+        call([sys.executable, str(ROOT / script), "--resume", "--keep", "1", *shlex.split(flags),
+              *shlex.split(args.train_flags), "--out", str(out)])
+    return json.loads((out / product).read_text())
+
+
+def finish_training(out, flags, args):
+    """Run train.py, after the starts that its flags name -> judged.json."""
+    for name in re.findall(r"START/(\w+)", flags):
+        finish_training(args.runs / name, STARTS[name], args)
+    flags = re.sub(r"START/(\w+)", lambda found: shlex.quote(str(args.runs / found[1])), flags)
+    return finish(out, "train.py", f"{flags} --no-before", "judged.json", args)
+
+
+def folder_name(flags, seed):
+    words = re.sub(r"[^\w.]+", "-", without_defaults(flags)).strip("-") or "default"
+    return f"{words}-seed-{seed}"
+
+
+def without_defaults(flags):
+    """Leave out "--name value" where it is the toy's default, so that equal rows share a run."""
+    for name, value in SETTINGS["toy"].items():
+        flags = re.sub(rf"--{name.replace('_', '-')} {re.escape(str(value))}(?!\S) ?", "", flags)
+    return flags
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def table(name, args):
+    """-> the table as Markdown: mean and standard deviation of each figure over the seeds."""
+    title, rows = TABLES[name]
+    lines = [f"## {title}", "", f"| | `train.py` ... | {' | '.join(FIGURES)} |",
+             "|---|---|" + "---|" * len(FIGURES)]
+    for row, flags in rows.items():
+        if flags.startswith("START/"):  # the start itself, which all seeds share
+            start = flags.removeprefix("START/")
+            flags = STARTS[start]
+            results = [finish_training(args.runs / start, flags, args)]
+        else:
+            results = [finish_training(args.runs / folder_name(flags, seed),
+                                       f"{flags} --seed {seed}", args)
+                       for seed in range(args.seeds)]
+        cells = [spread([result[key] for result in results]) for key in FIGURES.values()]
+        lines.append(f"| {row} | `{flags or '(defaults)'}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values):
+    """Mean and standard deviation, or a single value alone; "" if any is unknown."""
+    if None in values:
+        return ""
+    digits = 0 if max(values) > 10 else 3
+    text = f"{np.mean(values):.{digits}f}"
+    return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
+
+
+def generalisation(args):
+    """-> the table of the paper's domain generalisation (Table 4), in the toy world."""
+    images = args.runs / "weather"
+    call([sys.executable, str(ROOT / "sample.py"), "--layouts", "train", "--limit", "250",
+          "--out", str(images), "--prompts", *PROMPTS, "--adapter", str(args.adapter)])
+    tests = " ".join(f"toy:{domain}" for domain in DOMAINS)
+    rows = {"clear days": "--data toy", "real images of all weathers": "--data toy:all"}
+    for mix in args.mix:
+        row = f"clear days and ALDM's images, {mix:g} of each batch"
+        rows[row] = f"--data toy --mix {mix:g} --extra IMAGES"
+    lines = ["## What images of unseen weather are good for: mIoU of a segmenter", "",
+             f"| trained on | {' | '.join(DOMAINS)} |", "|---|" + "---|" * len(DOMAINS)]
+    for row, flags in rows.items():
+        results = []
+        for seed in range(args.seeds):
+            out = args.runs / folder_name(f"segmenter {flags}", seed)
+            training = flags.replace("IMAGES", shlex.quote(str(images)))
+            training += f" --steps 1000 --test {tests} --seed {seed}"
+            results.append(finish(out, "tools/segmenter.py", training, "segmenter.json", args))
+        cells = [spread([result[f"toy:{domain}"]["mIoU"] for result in results])
+                 for domain in DOMAINS]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+# -- the command line ------------------------------------------------------------------------------
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawTextHelpFormatter)
+    p.error = refuse
+    p.add_argument("tables", nargs="+", choices=[*TABLES, "generalisation"])
+    p.add_argument("--runs", type=Path, required=True, help="folder of the runs")
+    p.add_argument("--out", type=Path, required=True, help="the Markdown file")
+    p.add_argument("--seeds", type=whole(1), default=3, help="runs per row (3)")
+    p.add_argument("--train-flags", default="",
+                   help="flags for every training: --train-flags='--precision bf16'")
+    p.add_argument("--adapter", type=Path, default=ROOT / "assets" / "toy_aldm.safetensors",
+                   help="makes the images of generalisation; by default the shipped ALDM")
+    p.add_argument("--mix", type=number(0, 1), nargs="+", default=[0.25],
+                   help="their shares of each batch, a row each (0.25)")
+    return p.parse_args(argv)
+
+
+def start():
+    args = parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    check_target(args.out)
+    texts = []
+    for name in args.tables:
+        texts.append(generalisation(args) if name == "generalisation" else table(name, args))
+    print("\n".join(texts))
+    write_text(args.out, "\n".join(texts))
+
+
+def main():
+    run_command("make_results.py", start)
+
+
+if __name__ == "__main__":
+    end_at_signals()
+    main()

@@ -376,7 +376,7 @@ class ALDM(nn.Module):
         layout  label map [B,H,W] int64, or the result of encode_layout
         """
         context = text if torch.is_tensor(text) else self.text.encode(text)
-        if torch.is_tensor(layout) and layout.ndim == 3:
+        if torch.is_tensor(layout) and layout.dtype == torch.int64:
             layout = self.encode_layout(layout)
         return self.unet(x_t, t, **self.adapter.condition(x_t, t, context, layout)).float()
 

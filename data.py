@@ -1,11 +1,11 @@
-"""Data: class tables, layout files, captions, image/label pairs on disk, batches, atomic files.
+"""Data: class tables, layouts, captions, image/label pairs on disk, batches.
 
 A layout is a label map, int64 [H,W]: class ids 0..N-1, and 255 for void (no class, no loss).
 `Pairs` is the only data set. Its items depend on their keys alone, so a resumed run sees the same
-batches. `Layouts` reads label maps without images.
+batches. `Layouts` reads label maps without images. tools/files.py reads and writes files;
+tools/layout_files.py and tools/caption_files.py know the forms of layouts and captions.
 """
 import colorsys
-import contextlib
 import functools
 import glob
 import hashlib
@@ -17,48 +17,25 @@ import re
 import signal
 import unicodedata
 import warnings
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from tqdm import tqdm
+from PIL import Image
 
 from tools import toy_world
+from tools.caption_files import find_captions, read_captions
+from tools.files import (PICTURES, InputError, atomic, check_target, find_images,  # noqa: F401
+                         image_size, open_image, opened, read_image, read_text, refuse,
+                         remove_leftovers, report, try_all, write_png, write_text)
+from tools.layout_files import (IGNORE, LAYOUTS, PUBLISHED, Survey, by_name, classes_of_ids,
+                                coding_of_name, decide_coding, read_values)
 
 HERE = Path(__file__).parent
 ASSETS = HERE / "assets"
-IGNORE = 255  # the void label
-MAX_PIXELS = 64 * 2**20  # larger images are refused before they are decoded
-FORMATS = "PNG", "JPEG", "WEBP", "BMP", "TIFF"  # PIL would start Ghostscript for others
-PICTURES = ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"  # suffixes, in any case
-LAYOUTS = ".png", ".bmp", ".tif", ".tiff"
-PUBLISHED = "toy", "cityscapes", "ade20k", "coco"
-Image.MAX_IMAGE_PIXELS = None  # `opened` has a limit of its own
 warnings.filterwarnings("ignore", "This process.*use of fork", DeprecationWarning)  # DataLoader's
-
-
-class InputError(Exception):
-    """A file or an argument that cannot be used: what is wrong, where, and what to do."""
-
-
-def refuse(message):
-    """argparse's `error` for the command lines: one line, no usage."""
-    raise InputError(message)
-
-
-def read_text(path):
-    """A text file's content, or InputError."""
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError("not a regular file")
-        return Path(path).read_text("utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
 # -- class tables ----------------------------------------------------------------------------------
@@ -205,134 +182,7 @@ def classes_text(classes):
     return "".join(lines)
 
 
-# -- image files -----------------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def opened(file, name):
-    """Yields the PIL.Image of a path or a binary file, with only the header read.
-
-    Whatever goes wrong, in decoding too, is raised as an InputError that begins with `name`.
-    """
-    try:
-        if not hasattr(file, "read") and os.path.exists(file) and not os.path.isfile(file):
-            raise ValueError("not a regular file")
-        with Image.open(file, formats=FORMATS) as image:
-            w, h = image.size
-            if min(w, h) < 8 or w * h > MAX_PIXELS:
-                raise ValueError(f"{w} x {h} pixels; expected 8 x 8 to {MAX_PIXELS >> 20} Mpixel")
-            yield image
-    except Exception as error:  # for a broken file PIL raises nearly anything
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{name}: cannot be read as an image: {reason}") from None
-
-
-def open_image(file, name=None):
-    """A path or a binary file -> PIL.Image in the file's own mode, turned as its EXIF data says.
-
-    name: what error messages call the file. Raises InputError unless it is a whole image of
-    8 x 8 pixels to 64 Mpixel.
-    """
-    with opened(file, name or file) as image:
-        image.load()
-        if image.mode == "P" and not (image.palette and image.getpalette("RGB")):
-            raise ValueError("a palette image without a palette")
-    with contextlib.suppress(Exception):  # broken EXIF data says nothing about the picture
-        ImageOps.exif_transpose(image, in_place=True)
-    return image
-
-
-def image_size(path):
-    """-> (width, height) of the upright picture, from the file's header alone."""
-    with opened(path, path) as image:
-        turn = 1
-        with contextlib.suppress(Exception):
-            turn = image.getexif().get(0x112, 1)
-        if turn in (5, 6, 7, 8) and image.format != "TIFF":  # PIL has turned TIFF's size already
-            return image.size[::-1]
-        return image.size
-
-
-def read_image(file, name=None):
-    """A photo -> PIL.Image in RGB; 16 bits are scaled to 8 (PIL alone would clip grey to white)."""
-    image = open_image(file, name)
-    if image.mode[0] == "I":
-        grey = np.asarray(image).clip(0, 65535) >> 8
-        image = Image.fromarray(grey.astype(np.uint8))
-    return image.convert("RGB")
-
-
-def fail_to_list(error):
-    raise InputError(f"{error.filename}: {error.strerror}") from None
-
-
-def find_images(folder, suffixes=(".png",)):
-    """-> sorted list of the image files in a folder and its subfolders, except hidden ones.
-
-    Raises InputError for a folder that cannot be listed, and for names that are not UTF-8, which
-    caption files cannot hold.
-    """
-    files = []
-    seen = set()  # symbolic links are followed, but not in circles
-    for place, folders, names in os.walk(folder, onerror=fail_to_list, followlinks=True):
-        if os.path.realpath(place) in seen:
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(place))
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        for name in names:
-            if name[0] != "." and name.lower().endswith(suffixes):
-                files.append(Path(place, name))
-    for file in files:
-        try:
-            file.name.encode()
-        except UnicodeEncodeError:
-            raise InputError(f"{str(file)!a}: a name that is not UTF-8: rename it") from None
-    return sorted(files)
-
-
-# What a label file's name says about it, after the name of its picture.
-KIND = re.compile(r"(_gtFine|_gtCoarse|_gt)?_(labelIds|labelTrainIds|trainIds|train_ids?|"
-                  r"color|labelColor|instanceIds|instanceTrainIds|invIds)$")
-CAMERA = re.compile("_(leftImg8bit|rgb_anon)$")
-RANKS = {"labelIds": 0, "labelTrainIds": 1, "trainIds": 1, "train_id": 1, "train_ids": 1,
-         None: 2, "color": 3, "labelColor": 3}  # the lowest is read; 4 for all others
-
-
-def spell(path):
-    """A picture's file name, in any spelling -> its name without suffix and camera, in NFC."""
-    path = unicodedata.normalize("NFC", str(path))
-    stem, suffix = os.path.splitext(path)
-    return CAMERA.sub("", stem if suffix.lower() in PICTURES else path)
-
-
-def by_name(files, folder, known=()):
-    """Files below a folder -> {name: path}, and a list with a note on what was chosen, if anything.
-
-    Names are relative paths without suffix, in NFC. Of the files of one picture ("x_gtFine_color",
-    "x_gtFine_labelIds") one is taken, and the name is the picture's, unless the whole name is
-    `known`. Raises InputError for two files of one name.
-    """
-    groups = {}
-    for path in files:
-        name = spell(path.relative_to(folder).as_posix())
-        found = None if name in known else KIND.search(name)
-        kind = found and found[2]
-        name = name[:found.start()] if found else name
-        groups.setdefault(name, []).append((RANKS.get(kind, 4), path, kind or "plain"))
-    chosen = {}
-    kinds = set()
-    for name, group in groups.items():
-        (rank, path, kind), *others = sorted(group)
-        if others and others[0][0] == rank:
-            raise InputError(f"{path} and {others[0][1]}: two files of one name; remove one")
-        if others:
-            kinds.add(kind)
-        chosen[name] = path
-    notes = [f"of several files for one picture: {' and '.join(sorted(kinds))}"] if kinds else []
-    return chosen, notes
-
-
-# -- layout files ----------------------------------------------------------------------------------
+# -- layouts ---------------------------------------------------------------------------------------
 
 def read_layout(file, dataset, coding=None, name=None):
     """A layout file -> label int64 [H,W], 255 = void.
@@ -354,178 +204,6 @@ def read_layout(file, dataset, coding=None, name=None):
     return torch.from_numpy(values.astype(np.int64))
 
 
-def read_values(file, classes, name):
-    """A layout file -> values int [H,W], is_coloured.
-
-    Coloured files: classes 0..N-1 and 255, as their colours tell. Others: their ids, and -1 for
-    void in every coding, which is transparent pixels and Cityscapes' licence plates.
-    """
-    image = open_image(file, name)
-    clear = find_transparent(image, name)
-    is_jpeg = image.format == "JPEG"
-    if image.mode in ("LA", "RGBA"):
-        image = image.convert(image.mode[:-1])
-    pixels = np.asarray(image)
-    if image.mode == "RGB":
-        values = colour_table(classes)[pack(pixels)]
-        values[clear] = IGNORE
-        if values.min() < 0:
-            strange = np.unique(pixels[values < 0], axis=0)
-            raise InputError(
-                f"{name}: {(values < 0).sum()} pixels in colours that {classes.key} does not have, "
-                f"such as {strange[0].tolist()}: save its own RGB colours as PNG, resized by "
-                "nearest, or ids in a single channel")
-        return values, True
-    if is_jpeg or image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
-        raise InputError(f"{name}: a file of mode {image.mode}{', JPEG,' if is_jpeg else ''} holds "
-                         "no layout: save 8-bit ids or RGB colours as PNG")
-    values = pixels.astype(np.int32)
-    values[clear] = -1
-    if image.mode == "P":
-        table = read_palette(image, np.unique(values), classes, name)
-        if table is not None:
-            return table[values], True
-    return values, False
-
-
-def find_transparent(image, name):
-    """-> bool [H,W]: the pixels that an alpha channel or PNG's tRNS chunk hides."""
-    if not image.has_transparency_data:
-        return np.zeros(image.size[::-1], bool)
-    alpha = np.asarray(image.convert("RGBA").getchannel("A"))
-    half = np.count_nonzero((alpha > 0) & (alpha < 255))
-    if half:
-        raise InputError(f"{name}: {half} pixels are half transparent: save it opaque (alpha 255)")
-    return alpha == 0
-
-
-def pack(rgb):
-    """uint8 [...,3] -> int [...], one number for each colour."""
-    return rgb @ np.int32([2**16, 2**8, 1])
-
-
-@functools.lru_cache(maxsize=2)
-def colour_table(classes):
-    """-> int16 [2**24]: the class of each colour, by its number; 255 for void, -1 for none."""
-    table = np.full(2**24, -1, np.int16)
-    table[pack(classes.void)] = IGNORE
-    ids = np.arange(len(classes.names))
-    table[pack(classes.palette)[::-1]] = ids[::-1]  # backwards, so that the first of twins remains
-    return table
-
-
-def read_palette(image, ids, classes, name):
-    """Whether a palette image is read by its colours: their classes, int16 [257] by id; or None.
-
-    Colours count if all those in use are the data set's, ids if none is. Black, which fills
-    palettes, and a ramp of greys decide nothing. Raises InputError if only some are the data set's.
-    """
-    palette = np.zeros((256, 3), np.int32)
-    entries = np.reshape(image.getpalette("RGB"), (-1, 3))
-    palette[:len(entries)] = entries
-    used = ids[ids >= 0]
-    colours = palette[used]
-    told = colour_table(classes)[pack(colours)]
-    is_known = told[colours.any(1)] >= 0
-    if not is_known.any() or (colours == used[:, None]).all():
-        return None
-    if not is_known.all():
-        strange = colours[told < 0].tolist()
-        raise InputError(f"{name}: {is_known.sum()} of its palette's colours are {classes.key}'s, "
-                         f"others such as {strange[0]} are not: mend these, or save ids in a "
-                         "single channel")
-    first = np.full(257, -1)  # of each class: the first class of its colour
-    first[:len(classes.names)] = colour_table(classes)[pack(classes.palette)]
-    first[IGNORE] = IGNORE
-    for coding in ("own", "train"):
-        by_id = id_table(classes, coding)[used]
-        if (first[by_id] == told).all():  # a palette in the order of the ids tells twins apart
-            told = by_id
-            break
-    table = np.full(257, -1, np.int16)
-    table[used] = told
-    table[-1] = IGNORE
-    return table
-
-
-# Published label files have one of two codings. "own": the ids as published, such as labelIds.
-# "train": the classes' numbers 0..N-1 and 255 for void, such as labelTrainIds. What a file's name
-# says is true. All other files of a folder have one coding, which is decided once.
-
-@functools.lru_cache(maxsize=8)
-def id_table(classes, coding):
-    """-> int16 [258]: the class of ids 0..255 in a coding, 255 for void, -1 for none.
-
-    [256] is -1, for all other ids; [-1] is void.
-    """
-    table = np.full(258, -1, np.int16)
-    if coding == "own" or classes.key not in PUBLISHED:
-        table[:256] = classes.file_ids
-    else:
-        table[:len(classes.names)] = np.arange(len(classes.names))
-        if len(classes.names) == 19:
-            table[19] = IGNORE  # a common void in Cityscapes' train ids
-    table[[IGNORE, -1]] = IGNORE
-    return table
-
-
-def clip_ids(ids):
-    """ids int [...] -> indices of `id_table`."""
-    return np.where((ids < -1) | (ids > 255), 256, ids)
-
-
-def classes_of_ids(ids, classes, coding, name):
-    """ids int [...] in a coding -> classes int16 [...]; InputError for ids without a class."""
-    table = id_table(classes, coding)
-    label = table[clip_ids(ids)]
-    if label.min() < 0:
-        strange = np.unique(ids[label < 0])
-        most = np.flatnonzero(table[:IGNORE] >= 0).max()
-        raise InputError(f"{name}: {classes.key} has no class for the ids {strange[:5].tolist()}: "
-                         f"expected 0 to {most}, and 255 for void")
-    return label
-
-
-def coding_of_name(name, classes):
-    """-> the coding that a label file's name tells, or None."""
-    if classes.key in PUBLISHED:
-        if re.search(r"[tT]rainIds|_train_ids?(?![A-Za-z])", Path(name).name):
-            return "train"
-        if "labelIds" in Path(name).name:
-            return "own"
-    return None
-
-
-def fits(ids, classes, coding):
-    """Whether label files of a coding can hold these ids."""
-    table = id_table(classes, coding)
-    label = table[clip_ids(ids)]
-    possible = label >= 0
-    if coding == "own" and classes.key == "ade20k":
-        possible &= ids != IGNORE  # void is 0 there
-    if coding == "own" and classes.key == "coco":
-        possible &= (label != IGNORE) | (ids == IGNORE)  # eleven ids are not in use
-    return possible.all()
-
-
-def decide_coding(ids, classes):
-    """The distinct ids of files whose names tell nothing -> their coding, and another possible one.
-
-    The only coding that fits, otherwise the default: train ids for Cityscapes, own ids for others.
-    The second value is None if the other coding does not fit, or means the same.
-    """
-    if classes.key not in PUBLISHED:
-        return "own", None
-    ids = ids[ids != -1]
-    default, other = ("train", "own") if len(classes.names) == 19 else ("own", "train")
-    if not fits(ids, classes, other):
-        return default, None
-    if not fits(ids, classes, default):
-        return other, None
-    a, b = (id_table(classes, coding)[ids] for coding in (default, other))
-    return default, None if (a == b).all() else other
-
-
 def colorize(label, dataset):
     """label [H,W] -> PIL.Image RGB in the data set's palette, void in its first colour (black)."""
     classes = class_table(dataset)
@@ -535,137 +213,8 @@ def colorize(label, dataset):
     return Image.fromarray(palette[np.asarray(label)])
 
 
-# -- what a folder of layouts holds ----------------------------------------------------------------
-
-def attempt(function, name):
-    """-> the function's result, or the InputError that it raised."""
-    try:
-        return function(name)
-    except InputError as error:
-        return error
-
-
-def try_all(function, names, title):
-    """Calls function(name) for each name, in threads -> {name: result}, {name: InputError}."""
-    with ThreadPoolExecutor() as pool:
-        results = pool.map(partial(attempt, function), names)
-        results = tqdm(results, title, len(names), leave=False, disable=len(names) <= 500)
-        results = dict(zip(names, results))
-    broken = {name: x for name, x in results.items() if isinstance(x, InputError)}
-    return {name: x for name, x in results.items() if name not in broken}, broken
-
-
-def report(broken, total, what, skip_broken):
-    """Raises InputError with the first five of the broken ones; skip_broken: a note on them."""
-    if not broken:
-        return []
-    first = [str(error) for error in broken.values()][:5]
-    title = f"{what}: {len(broken)} of {total} are broken"
-    if not skip_broken or len(broken) == total:
-        lines = [title, *first, "mend them, or leave them out with --skip-broken"]
-        raise InputError("\n  ".join(lines))
-    return [f"{len(broken)} of {total} are broken and left out, the first: {first[0]}"]
-
-
-def spread(items, n):
-    """At most n items, evenly spaced."""
-    places = np.linspace(0, len(items) - 1, min(n, len(items))).astype(int)
-    return [items[i] for i in places]
-
-
-class Survey:
-    """What layout files hold, and the coding of those whose names do not tell it.
-
-    Reads everything, or else up to 500 files if their ids must decide and 50 if not. ids: "own" or
-    "train" decides instead. .coding: what `read_layout` needs; .labels {path: the classes in the
-    file}; .broken {path: InputError}; .only_void: the files hold nothing else.
-    """
-
-    def __init__(self, paths, classes, ids=None, everything=False):
-        self.classes = classes
-        self.total = len(paths)
-        silent = [path for path in paths if coding_of_name(path, classes) is None]
-        if not everything and silent and ids is None and classes.key in PUBLISHED:
-            paths = spread(silent, 500)
-        elif not everything:
-            paths = spread(paths, 50)
-        self.values, self.broken = try_all(self.look, paths, "reading layouts")
-        in_use = [np.int32([])]
-        for path in silent:
-            values, _, is_coloured = self.values.get(path, ([], [], True))
-            if not is_coloured:
-                in_use.append(values)
-        self.coding, self.other = decide_coding(np.unique(np.concatenate(in_use)), classes)
-        if ids and classes.key in PUBLISHED:
-            self.coding, self.other = ids, None
-        self.labels, unknown = try_all(self.decode, list(self.values), "reading layouts")
-        self.broken |= unknown
-        self.pixels = np.zeros(256)
-        for path, label in self.labels.items():
-            self.pixels += np.bincount(label, self.values[path][1], 256)
-        self.only_void = bool(self.labels) and not self.pixels[:IGNORE].any()
-
-    def look(self, path):
-        """-> the file's distinct values, how many pixels have each, is_coloured"""
-        values, is_coloured = read_values(path, self.classes, path)
-        if -1 <= values.min() and values.max() <= 255:  # faster than np.unique
-            pixels = np.bincount(values.ravel() + 1)
-            return np.flatnonzero(pixels) - 1, pixels[pixels > 0], is_coloured
-        return *np.unique(values, return_counts=True), is_coloured
-
-    def decode(self, path):
-        """-> the classes that the file's distinct values mean"""
-        values, _, is_coloured = self.values[path]
-        if is_coloured:
-            return values
-        coding = coding_of_name(path, self.classes) or self.coding
-        return classes_of_ids(values, self.classes, coding, path)
-
-    def describe(self):
-        """Text: the codings, and the share of each class in the pixels."""
-        words = {"own": "published ids", "train": "train ids"}
-        if self.classes.key in ("toy", "cityscapes"):
-            words["own"] = "labelIds"
-        if self.classes.key not in PUBLISHED:
-            words["own"] = f"ids of {self.classes.key}/classes.txt"
-        codings = set()
-        coloured = set()  # classes in colour-coded files
-        for path, label in self.labels.items():
-            if self.values[path][2]:
-                codings.add("colours")
-                coloured.update(label.tolist())
-            else:
-                codings.add(words[coding_of_name(path, self.classes) or self.coding])
-        text = " and ".join(sorted(codings))
-        if self.other:
-            text += f" ({words[self.other]} are possible, too: --ids {self.other})"
-        files = f"of {len(self.labels)} of {self.total} files: " if self.total > 1 else ""
-        text += f"; {files}{self.shares()}"
-        void = sum((label == IGNORE).all() for label in self.labels.values())
-        if void and not self.only_void:
-            text += f"; {void} of them hold nothing but void"
-        for c in sorted(coloured - {IGNORE}):
-            colour = self.classes.palette[c]
-            twins = np.flatnonzero((self.classes.palette == colour).all(1))
-            if len(twins) > 1:
-                names = " and ".join(self.classes.names[twin] for twin in twins)
-                text += f"; {tuple(colour.tolist())} is the colour of {names}"
-        return text
-
-    def shares(self):
-        if self.only_void:
-            return "nothing but void"
-        names = [*self.classes.names, "void"]
-        percent = np.append(self.pixels[:len(names) - 1], self.pixels[IGNORE])
-        percent *= 100 / percent.sum()
-        order = np.argsort(-percent, kind="stable")
-        large = [f"{names[c]} {percent[c]:.0f} %" for c in order if percent[c] >= 0.5]
-        small = np.count_nonzero((percent > 0) & (percent < 0.5))
-        return ", ".join(large) + (f", {small} more below 0.5 %" if small else "")
-
-
 class Layouts:
-    """Label maps on disk for an adapter of `classes`: one file, or those in a folder or its labels/.
+    """Label maps for an adapter of `classes`: a file, or all files in a folder or its labels/.
 
     A classes.txt in the folder or its parent says what its ids mean; its classes go to the
     adapter's by name. .names are relative paths without suffix; .description is a line on what was
@@ -703,9 +252,11 @@ class Layouts:
         images = self.files
         if folder.name == "labels":
             images = {name: folder.parent / "images" / f"{name}.png" for name in self.names}
-        read = read_captions(folder.parent, "") | read_captions(folder, "", captions)
+        read = read_captions(folder, "", captions) or read_captions(folder.parent, "")
         self.captions, more = find_captions(read, images, folder)
-        self.description = "; ".join([f"{place}: {survey.describe()}", *notes, *more])
+        if place.is_dir():
+            notes += more
+        self.description = "; ".join([f"{place}: {survey.describe()}", *notes])
 
     def translate(self, labels, path):
         """labels[path] in the layouts' own classes -> in the adapter's classes of the same names"""
@@ -720,7 +271,7 @@ class Layouts:
         missing = np.unique(label[table[label] < 0])
         if len(missing):
             names = ", ".join(self.source.names[c] for c in missing)
-            raise InputError(f"{path}: holds classes that {self.classes.key} does not have: {names}")
+            raise InputError(f"{path}: classes that {self.classes.key} does not have: {names}")
         return table[label]
 
     def read(self, name):
@@ -747,95 +298,18 @@ def compose_caption(label, names):
     return f"a photo of {toy_world.join_words(seen)}"
 
 
-def read_captions(root, split, path=None, key=""):
-    """-> {name of the image: caption, or a list of captions}; {} if there is no file.
-
-    Reads `path`, or else the first of these in `root`: captions_{split}.json, captions.json, COCO's
-    annotations/captions_{split}2017.json, the official {key}_caption_{split}.json. Names may be
-    file names in any spelling. Raises InputError for a file that cannot be read.
-    """
-    places = [f"captions_{split}.json", "captions.json", f"annotations/captions_{split}2017.json",
-              f"{key}_caption_{split}.json", f"dataloader/{key}_caption_{split}.json"]
-    files = [Path(root, place) for place in places]
-    file = Path(path) if path else next(filter(os.path.isfile, files), None)
-    if file is None:
-        return {}
-    try:
-        content = json.loads(read_text(file))
-        captions = group_by_image(content) if "annotations" in content else content
-        json.dumps(captions, ensure_ascii=False).encode()  # fails for half a surrogate pair
-        if not all(map(is_caption, captions.values())):
-            raise ValueError("a caption is a string, or a list of strings")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{file}: captions cannot be read ({error}): expected UTF-8 JSON, "
-                         "{name: caption}") from None
-    return {KIND.sub("", spell(name)): caption for name, caption in captions.items()}
-
-
-def is_caption(value):
-    texts = value if isinstance(value, list) and value else [value]
-    return all(isinstance(text, str) for text in texts)
-
-
-def group_by_image(content):
-    """COCO's captions_*.json -> {file name: list of captions}."""
-    names = {image["id"]: image["file_name"] for image in content["images"]}
-    captions = {}
-    for annotation in content["annotations"]:
-        name = names[annotation["image_id"]]
-        captions.setdefault(name, []).append(annotation["caption"])
-    return captions
-
-
-def find_captions(read, files, root):
-    """Captions for {name: path of an image} -> {name: caption}, and notes on what was found.
-
-    read: what `read_captions` found; its names may have more folders than ours, or none. Images
-    that it lacks get the text of NAME.txt beside them.
-    """
-    by_end = {}
-    for key in read:
-        by_end.setdefault(key.rpartition("/")[2], []).append(key)
-    ends = Counter(name.rpartition("/")[2] for name in files)
-    folders = {path.parent for path in files.values()}
-    texts = {text for folder in folders for text in folder.glob("*.txt")}
-    captions = {}
-    for name, path in files.items():
-        end = name.rpartition("/")[2]
-        keys = by_end.get(end, [])
-        longer = [key for key in keys if key.endswith(f"/{name}")]
-        if name in read:
-            captions[name] = read[name]
-        elif len(longer) == 1:
-            captions[name] = read[longer[0]]
-        elif end in read and ends[end] == 1:
-            captions[name] = read[end]
-        elif path.with_suffix(".txt") in texts:
-            captions[name] = " ".join(read_text(path.with_suffix(".txt")).split())
-    notes = []
-    if len(captions) < len(files):
-        notes.append(f"captions for {len(captions)} of {len(files)} images; the others are composed "
-                     "of their classes")
-    for folder in sorted({Path(root), *folders}):
-        for path in sorted(folder.glob("metadata.*")):
-            notes.append(f"{path}: captions in this form are not read, only captions.json, "
-                         "{name: caption}, and NAME.txt beside the image")
-    return captions, notes
-
-
 # -- image/label pairs on disk ---------------------------------------------------------------------
 
-# Where a data set's images and labels lie, and where they come from. The first folder that has a
-# file of some name counts. ACDC stands beside Cityscapes: its layouts mean the same.
-FOLDERS = {
+# The first folder that has a file of some name counts. ACDC stands beside Cityscapes: its layouts
+# mean the same.
+FOLDERS = {  # key: the folders of images, those of labels, where they come from
     "cityscapes": (
         ["leftImg8bit/{split}", "rgb_anon/{part}/{split}"],
         ["gtFine/{split}", "gt/{part}/{split}"],
         "unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip (cityscapes-dataset.com), "
         "or rgb_anon_trainvaltest.zip and gt_trainval.zip (acdc.vision.ee.ethz.ch) there"),
     "ade20k": (
-        ["images/{split}"],
-        ["annotations/{split}"],
+        ["images/{split}"], ["annotations/{split}"],
         "unpack ADEChallengeData2016.zip (sceneparsing.csail.mit.edu), name the folder inside it"),
     "coco": (
         ["{split}", "images/{split}"],
@@ -843,8 +317,7 @@ FOLDERS = {
         "unpack train2017.zip, val2017.zip (cocodataset.org) and stuffthingmaps_trainval2017.zip "
         "(COCO-Stuff) there"),
     "folder": (
-        ["images/{split}"],
-        ["labels/{split}"],
+        ["images/{split}"], ["labels/{split}"],
         "put pictures into images/, layouts of the same names into labels/"),
 }
 SPLITS = {"ade20k": {"train": "training", "val": "validation"},
@@ -882,7 +355,7 @@ def find_files(data, root, split, which, known=()):
         pattern = place.format(**{word: glob.escape(name) for word, name in names.items()})
         for folder in sorted(glob.glob(pattern.replace("[*]", "*"), root_dir=root)):
             folder = Path(root, folder)
-            new, more = by_name(find_images(folder, suffixes), folder, known)
+            new, more = by_name(find_images(folder, suffixes), folder, which == 1, known)
             if key == "cityscapes":  # names without the city's folder
                 new = {name.rpartition("/")[2]: path for name, path in new.items()}
             found = new | found
@@ -927,7 +400,7 @@ class Pairs(torch.utils.data.Dataset):
         survey = Survey([self.labels[name] for name in self.shapes], self.classes, ids)
         self.coding = survey.coding
         if skip_broken:
-            _, unreadable = try_all(self.read, list(self.shapes), f"reading {split}")
+            _, unreadable = try_all(self.load, list(self.shapes), f"reading {split}")
             broken |= unreadable
         else:
             broken |= survey.broken
@@ -950,7 +423,7 @@ class Pairs(torch.utils.data.Dataset):
         return len(self.names)
 
     def check(self, name):
-        """-> (H, W) of the resized picture; InputError if the pair is broken. Reads headers only."""
+        """-> (H, W) of the resized picture. InputError for a broken pair; reads headers alone."""
         if name not in self.images:
             raise InputError(f"{name}: a label without an image")
         if name not in self.labels:
@@ -964,13 +437,18 @@ class Pairs(torch.utils.data.Dataset):
             return S, 2 * S
         return tuple(round(side * S / min(h, w) / self.grid) * self.grid for side in (h, w))
 
-    def read(self, name):
-        """-> image uint8 [H,W,3], label uint8 [H,W], resized"""
-        H, W = self.shapes[name]
+    def load(self, name):
+        """-> image and label as PIL.Images, as they are in the files"""
         image = read_image(self.images[name])
         label = read_layout(self.labels[name], self.classes, self.coding)
         label = Image.fromarray(label.byte().numpy())
         check_sizes(name, image.size, label.size)
+        return image, label
+
+    def read(self, name):
+        """-> image uint8 [H,W,3], label uint8 [H,W], resized"""
+        H, W = self.shapes[name]
+        image, label = self.load(name)
         image = image.resize((W, H), Image.BICUBIC)  # PIL's averages over a pixel's whole area
         label = label.resize((W, H), Image.NEAREST)
         return np.asarray(image), np.asarray(label)
@@ -1111,10 +589,14 @@ def batch_keys(n, batch, seed, step, rank, world):
     return keys
 
 
-def ignore_signals(worker):
-    """For loader processes: Ctrl-C and the like reach them as well, but their parent decides."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+def outlive_signals(worker):
+    """In a loader process: signals reach it as well, but its parent decides when the run ends.
+
+    Python ends left-over processes by SIGTERM, so this one leaves half a minute.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 def batches(dataset, batch, seed, start=0, workers=0, rank=0, world=1, pin=False):
@@ -1129,7 +611,7 @@ def batches(dataset, batch, seed, start=0, workers=0, rank=0, world=1, pin=False
     # With a generator of its own, the loader does not draw from torch's global one.
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=keys, num_workers=workers, persistent_workers=workers > 0,
-        pin_memory=pin, generator=torch.Generator(), worker_init_fn=ignore_signals)
+        pin_memory=pin, generator=torch.Generator(), worker_init_fn=outlive_signals)
     others = set(multiprocessing.active_children())
     items = iter(loader)  # starts the workers
     processes = set(multiprocessing.active_children()) - others
@@ -1137,60 +619,13 @@ def batches(dataset, batch, seed, start=0, workers=0, rank=0, world=1, pin=False
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield from items
-    except InputError as error:  # a worker's has its traceback before it
-        raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
-    except Exception:
-        ended = multiprocessing.connection.wait([process.sentinel for process in processes], 1)
+    except Exception as error:
+        ended = multiprocessing.connection.wait([process.sentinel for process in processes], 0.5)
+        for process in processes:
+            process.kill()  # after an error they do not end by themselves
+        if isinstance(error, InputError):  # a worker's has its traceback before it
+            raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
         if not ended:
             raise
-        for process in processes:
-            process.kill()  # the others may wait for the dead one, and they ignore milder signals
         raise InputError(f"--workers {workers}: a process that loads data was killed, often for "
                          "lack of memory: give fewer workers") from None
-
-
-# -- writing files: atomically ---------------------------------------------------------------------
-
-@contextlib.contextmanager
-def atomic(path):
-    """Yields a temporary path beside `path`, whose file replaces `path` once it is on the disk.
-
-    If anything fails, it is removed and `path` is unchanged.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}_{os.urandom(4).hex()}.part")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def remove_leftovers(folder):
-    """Removes the half-written files of killed processes. The caller holds the folder's lock, so
-    nobody else is writing there."""
-    for path in Path(folder).glob(".*.part"):
-        path.unlink(missing_ok=True)
-
-
-def check_target(path):
-    """InputError if no file can be written at `path`: for command lines, before the work."""
-    path = Path(path)
-    if os.path.isdir(path) or not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: must be a file in an existing folder that can be written to")
-
-
-def write_png(path, image, **options):
-    """image: a PIL.Image, or uint8 [H,W] or [H,W,3]. options: of PIL's `save`, such as pnginfo."""
-    if not isinstance(image, Image.Image):
-        image = Image.fromarray(image)
-    with atomic(path) as temporary:
-        image.save(temporary, "png", **options)
-
-
-def write_text(path, text):
-    with atomic(path) as temporary:
-        temporary.write_text(text, "utf-8")

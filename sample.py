@@ -37,10 +37,9 @@ from aldm import (ALDM, PRESETS, load_class_embeddings, load_frozen, load_into, 
 from data import (ASSETS, IGNORE, PICTURES, Classes, InputError, Layouts, check_target, class_table,
                   classes_text, colorize, compose_caption, find_images, open_dataset, open_image,
                   read_text, refuse, remove_leftovers, split_key, write_png, write_text)
-from tools.command import guard_streams, number, utf8
-from tools.judge import (choose_judges, flat_names, judge_folder, load_picture, same_size, show,
-                         toy_judges)  # noqa: F401
-from tools.pictures import draw_curves, grid  # noqa: F401
+from tools.command import make_folder, number, utf8
+from tools.judge import choose_judges, flat_names, judge_folder, load_picture, same_size, show
+from tools.pictures import grid
 from tools.run import note, run_command
 from unet import OFT
 
@@ -214,17 +213,6 @@ def free_path(path, parameters):
     return free
 
 
-def make_folder(path):
-    """Make a folder that can be written to -> its Path. Raises InputError."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; choose another folder") from None
-    if not os.access(path, os.W_OK):
-        raise InputError(f"{path}: not writable; choose another folder")
-    return Path(path)
-
-
 # -- one layout ------------------------------------------------------------------------------------
 
 
@@ -274,12 +262,12 @@ def sample_layout(args, model):
         note(f"{args.layout}: resized to {label.shape[1]} x {label.shape[0]} pixels; --size 0 "
              "keeps its size")
     out = make_folder(args.out)
-    name = f"{Path(args.layout).stem}_{{}}.png"
+    stem = Path(args.layout).stem
     options = sampling(args)
     jobs = []
     for seed in range(args.seed, args.seed + (args.n or 1)):
         job = {"label": label, "prompt": args.prompt, "seed": seed}
-        path = free_path(out / name.format(seed), parameters_text(model, job, options))
+        path = free_path(out / f"{stem}_{seed}.png", parameters_text(model, job, options))
         jobs.append({**job, "name": path.stem})
     images = []
     with tqdm(desc="DDIM steps", total=len(jobs) * args.steps) as bar:
@@ -289,7 +277,7 @@ def sample_layout(args, model):
     row = [np.asarray(colorize(label, model.classes)), *images]
     titles = ["layout", *(f"seed {job['seed']}" for job in jobs)]
     text = f"{parameters_text(model, jobs[0], options)}, Images: {len(jobs)}"
-    path = free_path(out / name.format(f"{args.seed}_grid"), text)
+    path = free_path(out / f"{stem}_{args.seed}_grid.png", text)
     write_image(path, grid([row], titles), text)
     print(f"images in {out}; {path} shows them beside their layout")
 
@@ -355,10 +343,10 @@ def open_output(args, model):
     """The folder --out of --layouts, which the processes of several shards share. Whoever comes
     first removes what killed processes left there."""
     out = make_folder(args.out)
-    settings = {**sampling(args), **model.source, "sd": args.sd, "data": model.classes.key,
-                "class_embeddings": args.class_embeddings, "root": args.root, "ids": args.ids,
-                "layouts": args.layouts, "captions": args.captions, "prompts": args.prompts,
-                "seed": args.seed, "size": args.size}
+    names = ("sd", "class_embeddings", "root", "ids", "layouts", "captions", "prompts", "seed",
+             "size")
+    settings = {**sampling(args), **model.source, "data": args.data or model.classes.key,
+                **{name: getattr(args, name) for name in names}}
     del settings["batch"]
     check_made(out, settings)
     lock = os.open(out, os.O_RDONLY)
@@ -407,6 +395,11 @@ def draw_pairs(model, folder, jobs, options):
     draw_images(model, folder / "images", jobs, options)
 
 
+def tell_shortened(total):
+    if total:
+        note(f"{total} captions were shortened so that their prompts fit into 75 tokens")
+
+
 def sample_dataset(args, model):
     """--layouts: n images of each layout with each prompt, as a data set for `--data OUT`: images/
     with their captions, labels/, classes.txt. Existing images are kept: repeat the command to
@@ -421,8 +414,7 @@ def sample_dataset(args, model):
                 draw_pairs(model, out, group, sampling(args))
                 shortened += sum(job["shortened"] for job in group)
                 bar.update(len(group))
-    if shortened:
-        note(f"{shortened} captions were shortened so that their prompts fit into 75 tokens")
+    tell_shortened(shortened)
     print(f"{out}: {len(missing)} new images; train on them with --data {out}")
 
 
@@ -434,10 +426,13 @@ def edit_in_turn(model, dataset, prompts, count):
     {caption}. What a prompt adds to the caption is its target."""
     targets = [prompt.replace("{caption}", "").strip(" ,") or prompt for prompt in prompts]
     edits = {}
+    total = 0
     for i, name in enumerate(dataset.names[:count]):
         turn = i % len(prompts)
-        prompt, _ = model.text.fit(prompts[turn], load_picture(dataset, i)["caption"])
+        prompt, shortened = model.text.fit(prompts[turn], load_picture(dataset, i)["caption"])
         edits[name] = [prompt, targets[turn]]
+        total += shortened
+    tell_shortened(total)
     return {"targets": targets, "edits": edits}
 
 
@@ -601,11 +596,11 @@ def check_args(args):
         refuse("--prompts needs --layouts or --evaluate; use --prompt for one image")
     if args.prompt and several:
         refuse("--prompt needs --layout; use --prompts for several images")
+    if args.layout and Path(args.layout).is_dir():
+        refuse(f"--layout {args.layout}: a folder; use --layouts for all its files")
     if args.layout and not Path(args.layout).is_file():
-        is_folder = Path(args.layout).is_dir()
-        refuse(f"--layout {args.layout}: " + (
-            "a folder; use --layouts for all its files" if is_folder else "no such file"))
-    is_split = not args.layout and not Path(args.layouts or "").is_dir()
+        refuse(f"--layout {args.layout}: no such file")
+    is_split = args.evaluate or (args.layouts and not Path(args.layouts).is_dir())
     if args.size == 0 and is_split:
         refuse("--size 0: for layout files only; all images of a split have one size")
     if args.layouts and Path(args.layouts).is_file():
@@ -644,11 +639,7 @@ def run():
 
 def main():
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    guard_streams()
-    try:
-        run_command("sample.py", run)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    run_command("sample.py", run)
 
 
 if __name__ == "__main__":

@@ -299,6 +299,7 @@ def train(args):
         if run.first:
             export_adapter(args, model, meta, run.first)  # a kill may have prevented it
         before = judge_start(run, model, judges, args)
+        note(f"training; every {args.sample_every} steps a picture: {run.out}/step_*.png")
         stream = batches(dataset, args.batch * args.accumulate, args.seed, run.first, args.workers,
                          rank(), world(), pin=args.device != "cpu")
         for step in run:
@@ -541,7 +542,7 @@ def judge_start(run, model, judges, args):
 
 
 def finish(run, model, judges, before, args):
-    """Judge the trained adapter: a table, and judged.json."""
+    """Judge the trained adapter: a table, and judged.json. Then say what to do with it."""
     path = run.out / "judged.json"
     if not run.did and (judges is None or (read_json(path) or {}).get("step") == args.steps):
         note(f"{run.out}: finished already, nothing is changed")
@@ -557,6 +558,8 @@ def finish(run, model, judges, before, args):
     after["step"] = args.steps
     write_text(path, json.dumps({**after, "before": before}, indent=1))
     print_table(before, after)
+    print(f"\nTry it:\n  python sample.py --adapter {run.out} --layout assets/layout_1.png "
+          f'--prompt "a street at night"\n  python tools/paint.py --adapter {run.out}')
 
 
 FIGURES = {  # a column of our tables -> its key in judged.json
@@ -663,9 +666,17 @@ def interval(text):
     return first, last
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults, where there are any."""
+
+    def _get_help_string(self, action):
+        has_default = action.default not in (None, False)
+        return super()._get_help_string(action) if has_default else action.help
+
+
 def make_parser():
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=HelpFormatter)
     p.error = refuse
     add_data_flags(p.add_argument_group("data, weights and files").add_argument)
     add_method_flags(p.add_argument_group("the method").add_argument)
@@ -743,14 +754,18 @@ def add_run_flags(add):
 
 def parse_args(argv=None):
     """The flags, with the settings of --data where they are silent. Raises InputError."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    key = args.data.split(":")[0]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.error = refuse
+    first.add_argument("--data", default="toy")
+    first.add_argument("--preset")
+    given, _ = first.parse_known_args(argv)
+    key = given.data.split(":")[0]
     settings = SETTINGS.get(key, CITYSCAPES)
-    if args.preset == "toy":
+    if given.preset == "toy":
         settings = TOY
-    elif args.preset == "sd15" and key == "toy":
+    elif given.preset == "sd15" and key == "toy":
         settings = CITYSCAPES
+    parser = make_parser()
     parser.set_defaults(**settings)
     args = parser.parse_args(argv)
     if key == "toy":

@@ -46,7 +46,7 @@ from tools.command import number
 from tools.run import Stopped, run_command
 from train import (SETTINGS, make_fast, noise_loss, optimizers, prepare, set_device, train_step,
                    whole)
-from unet import ResBlock, SpatialTransformer, UNet
+from unet import OFT, ResBlock, SpatialTransformer, UNet
 from vae import VAE
 
 LAZY = 8  # the adversarial term and D's update take part in every eighth step
@@ -286,7 +286,9 @@ def measure_image(args):
     height, width = args.sample
     set_device(args)
     model = build_model(args)
-    if args.precision == "bf16":  # as sample.load_model
+    if args.adapter == "oft":  # from here on as sample.load_model
+        OFT.merge(model.unet)
+    if args.precision == "bf16":
         model.unet.bfloat16()
         model.adapter.bfloat16()
     on_cpu = args.device == "cpu"
@@ -304,8 +306,8 @@ def measure_image(args):
     second = median(seconds) / args.batch
     print(f"{device_name(args)}, preset {args.preset}, {height} x {width}, batch {args.batch}, "
           f"{args.steps} steps with guidance, {args.precision}")
-    print(f"{second:.4g} s per image, {tera:.4g} TFLOP, {tera / second:.3g} TFLOP/s, {gib:.2f} GiB "
-          "peak")
+    print(f"{second:.4g} s per image, {tera:.4g} TFLOP, {tera / second:.3g} TFLOP/s, "
+          f"{gib:.2f} GiB peak")
 
 
 def device_name(args):
@@ -315,16 +317,21 @@ def device_name(args):
 
 
 def run_all(args):
-    """--all: each command gets the time that is left."""
-    end = time.time() + 60 * args.minutes
+    """--all: each command gets a quarter of the time at most, the last one all that is left."""
+    seconds = 60 * args.minutes
+    end = time.time() + seconds
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(ASSETS / "toy.safetensors", folder)
-    for command in list_commands(args):
-        left = int(end - time.time())
+    *commands, last = list_commands(args)
+    for command in [*commands, last]:
+        left = end - time.time()
+        if command is not last:
+            left = min(left, seconds / 4)
         if left > 0:
-            print(f"\npython {command}  ({left} s left)", flush=True)
-            subprocess.run(["timeout", str(left), sys.executable, *shlex.split(command)], cwd=ROOT)
+            limit = str(math.ceil(left))  # 0 would mean no limit
+            print(f"\npython {command}  (within {limit} s)", flush=True)
+            subprocess.run(["timeout", limit, sys.executable, *shlex.split(command)], cwd=ROOT)
 
 
 def list_commands(args):

@@ -1,9 +1,12 @@
-"""What command lines share: types of flags, and streams that may be closed or full."""
+"""What command lines share: types of flags, folders, and streams that may be closed or full."""
 import argparse
 import contextlib
 import math
 import os
 import sys
+from pathlib import Path
+
+from data import InputError
 
 
 def number(low, high=math.inf, kind=float, exclusive=False):
@@ -32,6 +35,17 @@ def utf8(text):
     except UnicodeEncodeError:
         raise argparse.ArgumentTypeError(f"is not UTF-8: {text!r}") from None
     return text
+
+
+def make_folder(path):
+    """Make a folder that can be written to -> its Path. Raises InputError."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; choose another folder") from None
+    if not os.access(path, os.W_OK):
+        raise InputError(f"{path}: not writable; choose another folder")
+    return Path(path)
 
 
 class Forgiving:

@@ -1,7 +1,8 @@
-"""A page on which to paint layouts and see what an adapter makes of them, on this machine only.
+"""A page on which to paint layouts and see what adapters make of them, on this machine only.
 
-    python tools/paint.py                     the toy world
-    python tools/paint.py --adapter FILE --sd FILE
+    python tools/paint.py                               the toy world: noise loss | ALDM
+    python tools/paint.py --adapter runs/toy            one adapter
+    python tools/paint.py --adapter A B --sd FILE       two adapters, with the same seed and prompt
 """
 import os
 import signal
@@ -25,18 +26,23 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl
 
+import torch
 from PIL import Image
 
-from aldm import pick_device
-from data import ASSETS, InputError, open_dataset, opened, read_layout, refuse
-from sample import ADAPTER, generate, load_model, resize_nearest, to_pixels
-from tools.command import guard_streams, number
+from aldm import PRESETS, base_file, load_weights, pick_device
+from data import (ASSETS, IGNORE, InputError, class_table, open_dataset, opened, read_layout,
+                  refuse)
+from sample import ADAPTER, from_pixels, generate, load_model, resize_nearest, to_pixels
+from tools.command import number
+from tools.judge import toy_judges
+from tools.make_toy import mark
 from tools.run import note, run_command
 
+TOY = {"noise loss": ASSETS / "toy_controlnet.safetensors", "ALDM": ADAPTER}
 PAGE = ASSETS / "paint.html"
 BODY = 4 * 2**20  # bytes of a layout at most; a painted 512 x 1024 takes a small part of it
 PIXELS = 4 * 2**20  # of a layout at most, or 16 times the canvas
-PREVIEWS = 6  # estimates decoded on the way; on a CPU each takes as long as a step
+PREVIEWS = 6  # estimates decoded per image; on a CPU each takes as long as a step
 POLICY = ("default-src 'self' 'unsafe-inline' data:; base-uri 'none'; form-action 'none'; "
           "frame-ancestors 'none'")
 
@@ -82,12 +88,26 @@ def base64_png(pixels):
     return base64_text(file.getvalue())
 
 
+@torch.no_grad()
+def find_wrong(segmenter, image, label):
+    """Where an image shows another class than its layout, according to a segmenter.
+
+    image uint8 [H,W,3] (numpy), label [H,W] -> bool [H,W] (numpy), and the share of the labelled
+    pixels that are wrong. Pixels without a label are never wrong."""
+    device = next(segmenter.parameters()).device
+    found = segmenter(from_pixels(image[None], device))[0].argmax(0).cpu()
+    labelled = label != IGNORE
+    wrong = (found != label) & labelled
+    return wrong.numpy(), wrong.sum().item() / max(labelled.sum().item(), 1)
+
+
 # -- the server ------------------------------------------------------------------------------------
 
 
 class PageServer(ThreadingHTTPServer):
-    """page: its bytes; size: (height, width) of its canvas; model; hosts: names that browsers on
-    this machine may call it by; decoding, painting: locks."""
+    """page: its bytes; size: (height, width) of its canvas; models: {title: ALDM}; classes: theirs;
+    segmenter: marks what is wrong, or None; hosts: names that browsers on this machine may call it
+    by; decoding, painting: locks."""
 
     def get_request(self):
         try:
@@ -104,7 +124,8 @@ class PageServer(ThreadingHTTPServer):
 
 class PageHandler(BaseHTTPRequestHandler):
     """GET returns the page. POST /layout?name=... reads a layout's file, the request's body. POST
-    /generate?prompt=... paints such a layout and streams lines of JSON, one for each step."""
+    /generate?prompt=... paints such a layout with one model after the other and streams lines of
+    JSON: one for each step and one for each image, with the model's index as `adapter`."""
     timeout = 30  # seconds without a byte from a client, or to one
 
     def log_message(self, *args):
@@ -144,7 +165,7 @@ class PageHandler(BaseHTTPRequestHandler):
             given = dict(parse_qsl(query))
             words = read_words(given) if path == "/generate" else None
             with server.decoding:  # one at a time, for the memory's sake
-                layout = decode_layout(content, given.get("name", ""), server.model.classes,
+                layout = decode_layout(content, given.get("name", ""), server.classes,
                                        server.size)
         except InputError as error:
             self.answer(400, "application/json")
@@ -155,7 +176,7 @@ class PageHandler(BaseHTTPRequestHandler):
             text = base64_text(label.byte().numpy().tobytes())
             return self.send(layout=text, size=layout.shape[::-1])
         with server.painting:
-            self.paint(server.model, label, **words)
+            self.paint(label, **words)
 
     def read_body(self):
         length = self.headers["Content-Length"] or ""
@@ -163,40 +184,56 @@ class PageHandler(BaseHTTPRequestHandler):
             raise InputError(f"a request must state its length, at most {BODY} bytes")
         return self.rfile.read(int(length))
 
-    def send_step(self, model, steps, i, x0_hat):
+    def send_step(self, adapter, model, steps, i, x0_hat):
         """After each step: a line, for some of them with the estimate as an image."""
-        line = {"step": i + 1, "of": steps}
+        line = {"adapter": adapter, "step": i + 1, "of": steps}
         if i % (steps // PREVIEWS + 1) == 0:
-            line["image"] = base64_png(to_pixels(model.vae.decode(x0_hat.float()))[0])
+            line["preview"] = base64_png(to_pixels(model.vae.decode(x0_hat.float()))[0])
         self.send(**line)
 
-    def paint(self, model, label, prompt, negative, seed, steps, cfg):
-        """Send what the model makes of label [H,W]."""
+    def send_image(self, adapter, image, label):
+        """A finished image uint8 [H,W,3], and what is wrong with it if there is a segmenter."""
+        line = {"adapter": adapter, "image": base64_png(image)}
+        if self.server.segmenter:
+            wrong, share = find_wrong(self.server.segmenter, image, label)
+            line |= {"errors": base64_png(mark(image, wrong)), "wrong": share}
+        self.send(**line)
+
+    def paint(self, label, prompt, negative, seed, steps, cfg):
+        """Send what each model makes of label [H,W]."""
         start = time.time()
+        models = [*self.server.models.values()]
         try:
-            unread = model.text.cut(prompt)
+            unread = models[0].text.cut(prompt)
             if unread:
                 self.send(note=f"the prompt is too long; the model ignores its end: {unread}")
-            image = generate(model, label[None], [prompt], [seed], negative, steps, cfg,
-                             precision=self.server.precision,
-                             on_step=partial(self.send_step, model, steps))[0]
+            for i, model in enumerate(models):
+                image = generate(model, label[None], [prompt], [seed], negative, steps, cfg,
+                                 precision=self.server.precision,
+                                 on_step=partial(self.send_step, i, model, steps))[0]
+                self.send_image(i, image, label)
         except (RuntimeError, ValueError) as error:  # such as a GPU out of memory
             return self.send(error=f"the generation failed: {' '.join(str(error).split()):.300}")
-        self.send(image=base64_png(image), done=True, seconds=time.time() - start)
+        self.send(done=True, seconds=time.time() - start)
 
 
-def painter(model, port, examples, prompts, steps, cfg, precision=None):
-    """The page's server, for this machine only. examples: labels uint8 [H,W] of one size, whose
-    classes come first in the page; without any, the canvas is a square of the preset's size."""
+def painter(models, port, examples, prompts, steps, cfg, precision=None, segmenter=None):
+    """The page's server, for this machine only. models: {title: ALDM}, of the same classes.
+    examples: labels uint8 [H,W] of one size, whose classes come first in the page; without any,
+    the canvas is a square of the preset's size. segmenter: see find_wrong."""
+    model = next(iter(models.values()))
     height, width = examples[0].shape if examples else (model.preset.size,) * 2
-    world = {"names": model.classes.names, "palette": model.classes.palette.tolist(),
+    world = {"titles": [*models], "judged": segmenter is not None,
+             "names": model.classes.names, "palette": model.classes.palette.tolist(),
              "examples": [base64_text(label.tobytes()) for label in examples],
              "height": height, "width": width, "prompts": prompts, "steps": steps, "cfg": cfg,
              "limit": BODY}
     text = json.dumps(world).replace("<", "\\u003c")  # no name can end the script
     server = PageServer(("127.0.0.1", port), PageHandler)
     server.page = PAGE.read_text("utf-8").replace("__WORLD__", text).encode()
-    server.model = model
+    server.models = models
+    server.classes = model.classes
+    server.segmenter = segmenter
     server.size = height, width
     server.precision = precision
     server.decoding = threading.Lock()
@@ -214,17 +251,45 @@ def parse_args():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = refuse
     add = p.add_argument
-    add("--adapter", default=ADAPTER, help="a file, a run's folder, or USER/REPO/FILE on the "
-        "Hugging Face hub")
+    add("--adapter", nargs="+", help="one, or two to compare: a file, a run's folder, or "
+        "USER/REPO/FILE on the Hugging Face hub (default: the toy's two)")
     add("--sd", metavar="FILE", help="Stable Diffusion 1.x, as for sample.py")
     add("--data", help="the data set whose classes are painted (default: the adapter's)")
-    add("--class-embeddings", metavar="FILE", help="those an official adapter was trained with")
+    add("--class-embeddings", metavar="FILE", help="those the adapters were trained with")
     add("--steps", type=number(1, 1000, int), default=25, help="of DDIM (default: 25)")
     add("--cfg", type=number(0, 50), help="guidance scale (toy: 5, sd15: 7.5)")
     add("--port", type=number(0, 65535, int), default=8000, help="(default: 8000)")
     add("--device", help="cpu or cuda (default: cuda if available)")
     add("--precision", choices=["bf16", "fp32"], help="default: bf16 on CUDA, fp32 on a CPU")
-    return p.parse_args()
+    args = p.parse_args()
+    if args.adapter and len(args.adapter) > 2:
+        refuse(f"--adapter: expected one or two, not {len(args.adapter)}")
+    return args
+
+
+def load_models(args):
+    """--adapter -> {title: ALDM}. Raises InputError if they cannot paint the same layouts."""
+    adapters = {path: path for path in args.adapter} if args.adapter else TOY
+    models = {title: load_model(path, args.sd, args.device, args.data, args.class_embeddings,
+                                args.precision)
+              for title, path in adapters.items()}
+    first, *others = models.values()
+    for other in others:
+        if other.classes.names != first.classes.names or other.preset != first.preset:
+            raise InputError(f"--adapter {' '.join(adapters)}: their classes or presets differ; "
+                             "compare adapters of one data set")
+    return models
+
+
+def toy_segmenter(args, models):
+    """-> the segmenter that compares two models: the toy's, which none of them has seen in its
+    training. None for a single model, or where there is no such segmenter."""
+    model = next(iter(models.values()))
+    is_toy = model.preset == PRESETS["toy"] and model.classes.names == class_table("toy").names
+    if len(models) == 1 or not is_toy:
+        return None
+    parts = load_weights(args.sd or base_file("toy"))
+    return toy_judges(parts, args.device).segmenter if "judge" in parts else None
 
 
 def list_examples(model):
@@ -241,12 +306,15 @@ def list_examples(model):
 
 def serve():
     args = parse_args()
-    model = load_model(args.adapter, args.sd, pick_device(args.device), args.data,
-                       args.class_embeddings, args.precision)
+    args.device = pick_device(args.device)
+    models = load_models(args)
+    model = next(iter(models.values()))
     cfg = model.preset.guidance if args.cfg is None else args.cfg
     examples, prompts = list_examples(model)
+    segmenter = toy_segmenter(args, models)
     try:
-        server = painter(model, args.port, examples, prompts, args.steps, cfg, args.precision)
+        server = painter(models, args.port, examples, prompts, args.steps, cfg, args.precision,
+                         segmenter)
     except OSError as error:
         raise InputError(f"port {args.port}: {error.strerror}; choose another --port") from None
     print(f"paint a layout at http://{server.hosts[-1]} (Ctrl+C ends)", flush=True)
@@ -256,11 +324,7 @@ def serve():
 
 def main():
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    guard_streams()
-    try:
-        run_command("paint.py", serve)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    run_command("paint.py", serve)
 
 
 if __name__ == "__main__":

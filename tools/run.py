@@ -59,6 +59,7 @@ class Run:
         self.out = Path(args.out)
         self.saved = False
         self.signals = []
+        self.stream = None
         self.stop = 0  # the number of a signal after which the run ends
         self.handlers = {}
 
@@ -94,13 +95,15 @@ class Run:
                 yield step
                 if self.stop:
                     break
+        self.restore_signals()
         if self.stop:
             note(f"stopped at step {self.done}; continue with --resume")
             raise SystemExit(128 + self.stop)
 
     def __exit__(self, kind, error, traceback):
-        for which, handler in self.handlers.items():
-            signal.signal(which, handler)
+        self.restore_signals()
+        if hasattr(self.stream, "close"):  # a generator: this ends its loading processes
+            self.stream.close()
         if rank() == 0:
             os.close(self.folder)
         expected = (Stopped, InputError, OSError, SafetensorError, torch.OutOfMemoryError)
@@ -118,6 +121,10 @@ class Run:
         """Seconds of this process's steps."""
         return self.ended - self.began
 
+    def restore_signals(self):
+        for which, handler in self.handlers.items():
+            signal.signal(which, handler)
+
     def note_signal(self, which, frame):
         """The first signal stops the run after its step, the second one at once."""
         if self.signals:
@@ -126,7 +133,9 @@ class Run:
 
     def next(self, stream):
         """The next batch. If any process cannot read its own, all save and stop."""
-        batch, trouble = None, "another process was stopped"
+        self.stream = stream
+        batch = None
+        trouble = "another process was stopped"
         try:
             batch = next(stream)
         except InputError as error:  # an image that is no longer readable
@@ -433,20 +442,27 @@ def start_processes(args):
 
 
 def run_command(name, main):
-    """Run a command line; its expected errors become one line on stderr and an exit code: 2 for
-    wrong input, 1 for a run that could not continue."""
+    """Run a command line. An expected error becomes one line on stderr and an exit code: 2 for
+    wrong input, 1 for a run that could not continue, 130 for Ctrl-C."""
     guard_streams()
+    code = 0
     try:
         main()
-    except (InputError, OSError) as error:
-        note(f"{name}: {' '.join(str(error).split())}" if isinstance(error, OSError)
-             else f"{name}: {error}")
-        raise SystemExit(2)
+    except KeyboardInterrupt:
+        code = 130
+    except InputError as error:
+        code = 2
+        note(f"{name}: {error}")
+    except OSError as error:
+        code = 2
+        note(f"{name}: {' '.join(str(error).split())}")
     except (Stopped, torch.OutOfMemoryError, MemoryError) as error:
+        code = 1
         note(f"{name}: {' '.join(str(error).split()) or 'out of memory'}")
-        raise SystemExit(1)
     except RuntimeError as error:
         if "allocate memory" not in str(error):  # how torch reports a CPU without memory
             raise
+        code = 1
         note(f"{name}: out of memory; use a smaller --batch or --size")
-        raise SystemExit(1)
+    if code:
+        raise SystemExit(code)

@@ -170,7 +170,8 @@ def mixed_batches(args, real, extra, first):
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0],
+                                allow_abbrev=False)
     p.error = refuse
     add = p.add_argument
     add("--data", default="toy", help="toy, cityscapes, ade20k, coco, or a folder with images/, "

@@ -16,7 +16,6 @@ import fcntl
 import functools
 import hashlib
 import http.client
-import importlib.util
 import io
 import itertools
 import json
@@ -36,7 +35,7 @@ import time
 import types
 import weakref
 import zipfile
-from collections import defaultdict, OrderedDict
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -64,7 +63,7 @@ from aldm import (ALDM, JUDGE, load_class_embeddings, load_frozen, load_into, lo
 from data import class_table, colorize, IGNORE, InputError, open_dataset, read_layout
 from discriminator import Classifier, discriminator_loss, UperNet
 from tools import (bench, judge, make_results, make_toy, paint, pictures as charts, run as runs,
-                   segmenter as plain, segmenter, toy_world as toy, weight_files)
+                   segmenter as plain, toy_world as toy, weight_files)
 from tools.judge import find_samples, judge_folder, Judges
 from tools.paint import BODY, find_wrong, PageHandler, painter
 from tools.run import Run, Stopped
@@ -155,6 +154,14 @@ def save(path, picture, **options):
     return path
 
 
+def as_png(picture):
+    """-> the bytes of a PNG"""
+    file = io.BytesIO()
+    picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
 def pictures(folder):
     return {p.name: np.asarray(Image.open(p)) for p in sorted(folder.glob("*.png"))}
 
@@ -198,16 +205,6 @@ def write_folder(root, n):
         save(Path(root) / f"images/train/{i}.png", image)
         save(Path(root) / f"labels/train/{i}.png", label)
     (Path(root) / "classes.txt").write_text(data.classes_text(class_table("cityscapes")))
-
-
-class Evil:
-    """Unpickled, it runs a command."""
-
-    def __init__(self, command):
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
 
 
 @pytest.fixture(scope="session")
@@ -541,8 +538,7 @@ def test_gradient_reaches_the_adapter_and_nothing_else(adapter, hint, scene):
     assert changed <= mine and len(silent) <= 0.02 * len(mine), silent
 
 
-@pytest.mark.parametrize("adapter, hint", [a for a in ADAPTERS if a[0] in
-                                           ("controlnet", "t2i", "oft")])
+@pytest.mark.parametrize("adapter, hint", ADAPTERS[:4])
 def test_an_adapter_of_a_frozen_unet_starts_as_an_identity(adapter, hint, scene):
     model, base = tiny_model(adapter, hint), tiny_model("controlnet").unet
     eps = model.eps(scene.x, scene.t, scene.words, scene.label)
@@ -595,15 +591,6 @@ def test_freestylenet_opens_a_classs_words_to_its_pixels_and_the_prompt_to_all(f
     assert given["context"].shape == (1, 154, 96) and given["mask"][:, 77:].all()
 
 
-def test_freestylenet_obeys_prompt_and_layout(freestyle):
-    model, x, t = freestyle.model, freestyle.x, freestyle.t
-    day = model.eps(x, t, ["day"], freestyle.label)
-    night = model.eps(x, t, ["night"], freestyle.label)
-    road = model.eps(x, t, ["day"], torch.zeros_like(freestyle.label))
-    assert not torch.allclose(day, night, atol=1e-3)
-    assert not torch.allclose(day, road, atol=1e-3)
-
-
 def test_rectified_attention_at_lower_resolutions_takes_the_top_left_pixel(freestyle):
     model, masks = freestyle.model, []
     attention = model.unet.input_blocks[4][1].transformer_blocks[0].attn2
@@ -620,8 +607,7 @@ def test_piti_ignores_the_prompt_and_obeys_the_layout(scene):
         nn.init.normal_(p, std=0.1)
     tokens = model.encode_layout(scene.label)
     assert tokens.shape == (2, 77, 96)
-    day, night = (model.eps(scene.x, scene.t, words, scene.label) for words in (["a"] * 2,
-                                                                               ["b"] * 2))
+    day, night = (model.eps(scene.x, scene.t, [word] * 2, scene.label) for word in "ab")
     other = model.eps(scene.x, scene.t, ["a"] * 2, scene.label.flip(0))
     assert torch.equal(day, night) and not torch.allclose(day, other, atol=1e-4)
 
@@ -880,7 +866,7 @@ def lightning_checkpoint(state):
     return {"epoch": 9, "step": np.float64(3), "pytorch-lightning_version": "1.4.2",
             "state_dict": state, "optimizer_states": [optimizer.state_dict()],
             "lr_schedulers": [kept], "names": {"a set"}, "shape": torch.Size([2, 3]),
-            "dtype": torch.float16, "path": Path("x")}
+            "dtype": torch.float16, "path": Path("x"), "defaults": defaultdict(list, a=[1])}
 
 
 @pytest.mark.parametrize("kind, dtype", [
@@ -906,8 +892,6 @@ def test_sd_single_file(tmp_path, tiny_preset, kind, dtype):
     parts = load_weights(path)
     assert set(parts) == {"unet", "vae", "text"}
     assert "pytorch_lightning" not in sys.modules
-    if kind != "legacy" and sys.platform == "linux":
-        assert str(path) in Path("/proc/self/maps").read_text()  # memory-mapped
     unet, vae, text, rest = load_frozen("tiny", path, "cpu", dtype)
     assert rest == {}
     assert same(unet.state_dict(), stripped(tensors, SD_PREFIX["unet"]))
@@ -955,37 +939,23 @@ def test_t2i_adapters_of_diffusers():
                                       "body.7.block2.bias"]
 
 
-@pytest.mark.parametrize("outputs, dataset, normalize", [
-    (20, "cityscapes", False), (151, "ade20k", True), (172, "coco", True)])
-def test_official_aldm_checkpoint_is_all_that_one_needs(tmp_path, tiny_preset, outputs, dataset,
-                                                        normalize):
-    classes, segmenter = class_table(dataset), random_state(tiny_segmenter(outputs))
+def test_official_aldm_checkpoint_is_all_that_one_needs(tmp_path, tiny_preset):
+    classes, segmenter = class_table("ade20k"), random_state(tiny_segmenter(151))
     control = random_state(ControlNet(TINY.unet, 64, TINY.hint_widths))
     tensors = tiny_sd() | prefixed("control_model.", control)
     tensors |= prefixed("segmenter.segmenter.", segmenter)
     path = write_weights(lightning_checkpoint(tensors), tmp_path / "a.ckpt")
     meta, parts = read_adapter(path)
     assert set(parts) == {"unet", "vae", "text", "control", "segmenter", "adapter"}
-    assert same(parts["segmenter"], segmenter)
     assert same(parts["control"], control)
-    assert (meta["dataset"], meta["adapter"], meta["hint"]) == (dataset, "controlnet", "classes")
     assert meta["names"] == list(classes.names)
-    assert meta["normalize"] == normalize
-    judge = tiny_segmenter(outputs)
+    judge = tiny_segmenter(151)
     load_segmenter([path], judge, classes)
     assert same(judge.state_dict(), segmenter)
-    assert judge.normalize is normalize
+    assert judge.normalize
     unet, *_ = load_frozen("tiny", own=parts)
     assert same(unet.state_dict(), parts["unet"])
     assert set(load_frozen("tiny", path)[3]) == {"control", "segmenter"}
-
-
-def test_base_in_an_adapters_file_gives_way_to_sd(tmp_path, tiny_preset):
-    sd = write_weights(tiny_sd(), tmp_path / "sd.safetensors")
-    own = {part: {} for part in ("unet", "vae", "text", "control")}
-    unet, *_ = load_frozen("tiny", sd, own=own)
-    assert same(unet.state_dict(), load_weights(sd)["unet"])
-    refuses(lambda: load_frozen("tiny", own=own), "the adapter's file: unet: does not fit")
 
 
 def to_diffusers(key, state):
@@ -1085,8 +1055,6 @@ def test_classes_start_from_a_segmenter_by_their_names(tmp_path, names, ours, th
     (["backbone.patch_embed1.proj.weight", "decode_head.linear_c4.proj.weight"], "SegFormer"),
     (["segformer.encoder.patch_embeddings.0.proj.weight", "decode_head.linear_c.0.proj.weight"],
      "transformers"),
-    (["ppm.0.1.weight", "conv_last.0.weight", "conv_last.4.weight"], "other than UperNet"),
-    (["ppm.0.1.weight", "cbr_deepsup.0.weight", "conv_last_deepsup.weight"], "other than UperNet"),
     (["cbr.0.weight", "conv_last.weight", "conv_last.bias"], "other than UperNet")])
 def test_segmenters_that_do_not_fit_are_called_what_they_are(tmp_path, names, word):
     encoder = {"layer4.0.conv1.weight": ZEROS}
@@ -1121,47 +1089,21 @@ def test_adapter_round_trip(tmp_path, kind, hint):
         assert torch.equal(parts["layout"]["table"], model.layout.table)
         assert ("segmenter" in parts) == (file == checkpoint)
     load_into(other.adapter, parts["adapter"], "adapter")  # in place: some share the UNet's weights
-    x, t = torch.randn(2, 16, 16, 16), torch.tensor([1, 700])
-    with torch.no_grad():
-        eps, again = [m.eps(x, t, ["a street", "at night"], toy_labels(2)) for m in (model, other)]
-    assert eps.isfinite().all()
-    assert torch.equal(eps, again)
+    assert same(other.adapter.state_dict(), state)
     save_adapter(path, model, meta, torch.bfloat16)
     parts = read_adapter(path)[1]
     assert same(parts["adapter"], {name: t.bfloat16() for name, t in state.items()})
     assert torch.equal(parts["layout"]["table"], model.layout.table)  # fp32 as before
-
-
-def test_a_checkpoint_serves_where_there_is_no_adapter(tmp_path):
-    segmenter = random_state(tiny_segmenter(20))
-    checkpoint = tmp_path / "checkpoint_0000012.pt"
-    write_weights({"step": 12, "meta": adapter_meta("t2i", "color"), "layout": {},
-                   "adapter": {"conv_in.bias": ZEROS}, "discriminator": segmenter}, checkpoint)
-    assert read_adapter(tmp_path)[0]["step"] == 12
-    judge = tiny_segmenter(20)
-    load_segmenter([checkpoint], judge, class_table("toy"))
-    assert same(judge.state_dict(), segmenter)
-
-
-def test_older_metadata(tmp_path):
-    meta = adapter_meta("t2i", "color")
-    new_keys = ("hint_colors", "normalize", "step", "dataset")
-    older = {key: value for key, value in meta.items() if key not in new_keys}
-    aldm.save_tensors(tmp_path / "a.safetensors", {"body.0.block2.bias": ZEROS}, older)
-    assert read_adapter(tmp_path / "a.safetensors")[0] == {**older, **dict.fromkeys(new_keys)}
-
-
-PALETTE = [[128, 64, 128]] * 19
+    path.unlink()
+    assert same(read_adapter(path.parent)[1]["adapter"], state)  # from the checkpoint
 
 
 @pytest.mark.parametrize("key, value", [
-    ("adapter", "gligen"), ("adapter", ["t2i"]), ("preset", "sd21"), ("preset", ["toy"]),
-    ("names", None), ("names", []), ("names", 5), ("names", [5] * 19), ("names", "road"),
-    ("names", ["x"] * 256), ("palette", None), ("palette", PALETTE[1:]),
-    ("palette", PALETTE[1:] + [[1, 2]]), ("palette", PALETTE[1:] + [[1, 2, 300]]),
-    ("palette", PALETTE[1:] + [[1, 2, "3"]]), ("void", 3), ("void", [0, 0, 0]),
-    ("file_ids", [0, 1]), ("file_ids", [0.5] * 256), ("hint", "depth"), ("hint", {}),
-    ("hint_colors", "coco"), ("step", "4"), ("step", -3), ("normalize", "yes"), ("dataset", 7)])
+    ("adapter", "gligen"), ("preset", ["toy"]), ("names", None), ("names", [5] * 19),
+    ("names", ["x"] * 256), ("palette", None), ("palette", [[128, 64, 128]] * 18),
+    ("palette", [[1, 2]] * 19), ("palette", [[1, 2, 300]] * 19), ("void", 3),
+    ("file_ids", [0.5] * 256), ("hint", {}), ("hint_colors", "coco"), ("step", "4"), ("step", -3),
+    ("normalize", "yes"), ("dataset", 7)])
 def test_metadata_that_lies(tmp_path, key, value):
     path, checkpoint = tmp_path / "adapter.safetensors", tmp_path / "checkpoint_1.pt"
     state, meta = {"body.0.block2.bias": ZEROS}, adapter_meta("t2i", "color")
@@ -1231,8 +1173,7 @@ def test_file_of_class_embeddings(tmp_path):
 
 @pytest.mark.parametrize("name", ["table.pth", "null_embedding.pth"])
 @pytest.mark.parametrize("wrong", [
-    torch.randn(19, 32), torch.randn(1, 32), torch.randn(3, 64), torch.randn(64),
-    torch.tensor(1.0), torch.ones(19, 64, dtype=torch.int64), {"a": torch.randn(19, 64)}, "text"])
+    torch.randn(19, 32), torch.randn(3, 64), torch.ones(19, 64, dtype=torch.int64), "text"])
 def test_class_embeddings_that_do_not_fit(tmp_path, name, wrong):
     text, classes = tiny_text(), class_table("cityscapes")
     torch.save(torch.randn(19, 64), tmp_path / "table.pth")
@@ -1263,16 +1204,10 @@ UNET_IN = SD_PREFIX["unet"] + "input_blocks.0.0.weight"
      ["no known tensor (unet.lora_A", "expected Stable Diffusion 1.x"]),
     (False, {SD_PREFIX["unet"] + "out.2.bias": ZEROS, "conditioner.embedders.0.x": ZEROS,
              SD_PREFIX["vae"] + "decoder.conv_out.bias": ZEROS}, ["unet: does not fit"]),  # SD XL
-    (False, {"token_embedding.weight": ZEROS, SD_PREFIX["vae"] + "x": ZEROS},
-     ["holds no unet", "expected"]),
     (True, {UNET_IN: torch.zeros(16, 9, 3, 3)},
      ["unet: does not fit", "size mismatch for input_blocks.0.0.weight", "[16, 9, 3, 3]"]),
     (True, {SD_PREFIX["vae"] + "decoder.norm_out.bias": None}, ["vae", "Missing", "norm_out"]),
-    (True, {UNET_IN: None}, ["unet", "Missing", "input_blocks.0.0.weight"]),
-    (True, {UNET_IN: torch.zeros(16, 4, 3, 3, dtype=torch.complex64)}, ["complex64", "floating"]),
     (True, {UNET_IN: torch.zeros(16, 4, 3, 3, dtype=torch.int8)}, ["int8", "floating-point"]),
-    (True, {SD_PREFIX["text"] + "encoder.layers.1.self_attn.k_proj.weight": None},
-     ["text", "Missing", "resblocks.1.attn.in_proj_weight"]),
     (True, {SD_PREFIX["text"] + "encoder.layers.1.self_attn.k_proj.bias": torch.tensor(1.0)},
      ["text", "Missing", "resblocks.1.attn.in_proj_bias"])])
 def test_base_model_that_does_not_fit(tmp_path, tiny_preset, rest, changes, words):
@@ -1292,10 +1227,8 @@ def test_a_base_model_is_no_adapter(tmp_path):
 
 @pytest.mark.parametrize("change, word", [
     ({"rows": None}, "token_embedding.ids"), ({"ids": None}, "token_embedding.weight"),
-    ({"ids": torch.tensor([0, 49408])}, "int64"), ({"ids": torch.tensor([-1, 2])}, "int64"),
-    ({"ids": torch.tensor([0, 1, 2])}, "int64"), ({"ids": torch.tensor([0.0, 1.0])}, "embedding"),
-    ({"rows": torch.zeros(2)}, "int64"), ({"rows": torch.zeros(2, 5)}, "token_embedding.weight"),
-    ({"rows": None, "ids": None}, "token_embedding.weight")])
+    ({"ids": torch.tensor([-1, 49408])}, "int64"), ({"ids": torch.tensor([0, 1, 2])}, "int64"),
+    ({"rows": torch.zeros(2, 5)}, "token_embedding.weight")])
 def test_token_rows_that_lie(tmp_path, change, word):
     tensors = load_file(HERE / "assets" / "toy.safetensors")
     for name in ("rows", "ids"):
@@ -1308,14 +1241,10 @@ def test_token_rows_that_lie(tmp_path, change, word):
 
 
 @pytest.mark.parametrize("content, words", [
-    ([ZEROS], "holds a list"), (7, "holds a int"), (ZEROS, "holds a Tensor"),
-    ({"state_dict": [ZEROS]}, "holds a list"), ({"state_dict": None}, "holds a NoneType"),
+    ([ZEROS], "holds a list"), ({"state_dict": None}, "holds a NoneType"),
     ({"epoch": 3}, "no known tensor"), ({}, "no known tensor"),
-    ({"meta": {}, "adapter": {"conv_in.bias": ZEROS}}, "preset None"),
     ({"meta": [1], "adapter": {"conv_in.bias": ZEROS}}, "preset None"),
-    ({"meta": {}, "adapter": [ZEROS]}, "holds a list"),
     ({"meta": {}, "adapter": {}, "layout": 3}, "holds a int"),
-    ({"zero_convs.0.0.weight": ZEROS}, "no whole adapter"),
     ({"zero_convs.0.0.weight": ZEROS, "input_hint_block.0.weight": ZEROS}, "no whole adapter"),
     ({"conv_last.1.bias": torch.zeros(20)}, "no whole adapter")])
 def test_content_that_is_no_adapter(tmp_path, content, words):
@@ -1323,19 +1252,16 @@ def test_content_that_is_no_adapter(tmp_path, content, words):
     refuses(lambda: read_adapter(tmp_path / "a.pt"), str(tmp_path / "a.pt"), words)
 
 
-@pytest.mark.parametrize("table", [
-    torch.zeros(5, 64), torch.zeros(20), torch.tensor(0.0), torch.zeros(20, 4, 1)])
-def test_class_table_that_lies(tmp_path, table):
+def test_class_table_that_lies(tmp_path):
     path = tmp_path / "a.safetensors"
-    aldm.save_tensors(path, {"control_model.x": ZEROS, "layout.table": table},
+    aldm.save_tensors(path, {"control_model.x": ZEROS, "layout.table": torch.zeros(5, 64)},
                       adapter_meta("controlnet"))
     refuses(lambda: read_adapter(path), str(path), "layout.table", "expected 20 rows")
 
 
 @pytest.mark.parametrize("change", [
-    {WEIGHT: None}, {BIAS: None}, {BIAS: torch.tensor(1.0)}, {WEIGHT: torch.zeros(20)},
-    {WEIGHT: torch.zeros(20, 5, 1, 1)}, {WEIGHT: torch.zeros(20, 1, 1, 1)},
-    {WEIGHT: torch.zeros(19, 16, 1, 1)}, {WEIGHT: torch.zeros(7, 16, 1, 1), BIAS: torch.zeros(7)},
+    {WEIGHT: None}, {BIAS: torch.tensor(1.0)}, {WEIGHT: torch.zeros(20, 5, 1, 1)},
+    {WEIGHT: torch.zeros(7, 16, 1, 1), BIAS: torch.zeros(7)},
     {"encoder.layer4.0.conv1.weight": None}, {BIAS: torch.zeros(20, dtype=torch.int64)}])
 def test_segmenter_whose_layers_are_missing(tmp_path, change):
     state = random_state(tiny_segmenter(20)) | change
@@ -1476,8 +1402,6 @@ STATE = b"}(S'__defaults__'\n(NtS'__doc__'\nS'spoilt'\nu"
     REBUILD + b"(}" + STATE + b"tb.",  # and by setattr
     b"ctorch._utils\n_rebuild_parameter\n(}" + STATE + b"tb.",
     b"ccollections\nOrderedDict\n(}" + STATE + b"tb.",
-    b"ctorch\nSize\n(}" + STATE + b"tb.",
-    b"ctorch\nFloatStorage\n" + STATE + b"b.",
     b"ctorch\nTensor\n(}" + STATE + b"tb.",
     b"(S'touch executed'\nios\nsystem\n.",  # the opcode INST
     b"(cos\nsystem\nS'touch executed'\no.",  # OBJ
@@ -1520,27 +1444,6 @@ def test_files_that_torch_would_read_in_another_way(tmp_path, monkeypatch):
     assert files(tmp_path) == before
 
 
-@needs_shared
-@pytest.mark.parametrize("zipped", [True, False])
-def test_lightning_checkpoints_with_a_bound_method(tmp_path, zipped):
-    """As the shared script builds them: nothing of them but the tensors counts."""
-    spec = importlib.util.spec_from_file_location("real", SHARED / "tools/make_real_files.py")
-    real = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(real)
-    control = random_state(ControlNet(TINY.unet, 64, TINY.hint_widths))
-    content = real.lightning(OrderedDict(prefixed("control_model.", control)))
-    content["state_dict"]._metadata = {"": {"version": 1}}  # as nn.Module.state_dict() leaves it
-    content["defaults"] = defaultdict(list, a=[1])
-    path = write_weights(content, tmp_path / "a.ckpt", zipped)
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(path, weights_only=True)
-    assert same(read_adapter(path)[1]["adapter"], control)
-    found = aldm.read_file(path)[0]
-    assert found["epoch"] == 9
-    assert found["defaults"] == {"a": [1]}
-    assert isinstance(found["lr_schedulers"][0]["anneal_func"], weight_files.Inert)
-
-
 def test_parameters_and_views_are_plain_tensors(tmp_path):
     p = nn.Parameter(torch.randn(4, 6))
     p.note = "a state"
@@ -1579,10 +1482,8 @@ def test_files_of_the_hub(tmp_path, monkeypatch):
     local = write_weights(state, tmp_path / "cache" / "a.ckpt")
     download = mock.Mock(return_value=str(local))
     monkeypatch.setattr(weight_files, "hf_hub_download", download)
-    for repo, file in (("Yumeng/ALDM", "cityscapes_step9.ckpt"),
-                       ("a-b/c.d_e", "x/y/z.safetensors")):
-        assert same(read_adapter(f"{repo}/{file}")[1]["adapter"], state)
-        download.assert_called_with(repo, file)
+    assert same(read_adapter("a-b/c.d_e/x/y/z.safetensors")[1]["adapter"], state)
+    download.assert_called_with("a-b/c.d_e", "x/y/z.safetensors")
     download.reset_mock(side_effect=True)
     (tmp_path / "runs").mkdir()
     for path in ("runs/a/adapter.safetensors", "cache/a.ckpt", "/a/b/c.ckpt", "a/b.ckpt", "a/b/c",
@@ -1695,22 +1596,10 @@ def test_a_class_may_be_black(tmp_path):
     assert read_blocks(palette, classes) == [1, 0]
 
 
-@pytest.mark.parametrize("text", [
-    "traffic light 1 2 3\nroad 4 5 6", "traffic light, 1, 2, 3\nroad,4,5,6",
-    "traffic light\t1\t2\t3\nroad\t4\t5\t6"])
-def test_fields_are_separated_by_spaces_commas_or_tabs(tmp_path, text):
-    classes = write_classes(tmp_path, text)
-    assert classes.names == ("traffic light", "road")
-    assert classes.palette.tolist() == [[1, 2, 3], [4, 5, 6]]
-
-
 @pytest.mark.parametrize("text, word", [
     ("road 128 64", "line 1"), ("a\nroad 300 0 0", "line 2"), ("128 64 128", "line 1"),
-    ("road -1 0 0", "line 1"), ("road 0.5 0.1 0.2", "line 1"), ("road #804080", "line 1"),
-    ("road,128", "line 1"), (",,", "line 1"), ("road 128 64 128 255", "line 1"),
-    ("platform 9 1 2 3", "line 1"), ("7 road 1 2 3", "line 1"), ("road: 1 2 3", "line 1"),
-    ("name,r,g,b\nroad,1,2,3", "line 1"), ("Idx,Ratio,Name\n1,0.15,wall", "line 1"),
-    ('"road",1,2,3', "line 1"), ("- road", "line 1"), ("names:", "line 1"), ("0: road", "line 1"),
+    ("road 0.5 0.1 0.2", "line 1"), ("road #804080", "line 1"), ("road 128 64 128 255", "line 1"),
+    ("7 road 1 2 3", "line 1"), ("name,r,g,b\nroad,1,2,3", "line 1"), ("- road", "line 1"),
     ("names: [road, sky]", "line 1"), ("('road', 128, 64, 128),", "line 1"),
     ("a\n__ignore__", "`void`"), ("_background_", "`background`"),
     ("road = street", "'street'"), ("a 1 2 3\nb 1 2 3", "share"), ("a 1 2 3\nvoid 1 2 3", "share"),
@@ -1718,7 +1607,7 @@ def test_fields_are_separated_by_spaces_commas_or_tabs(tmp_path, text):
     ("\n".join(f"c{i}" for i in range(256)), "256 classes")])
 def test_class_table_refuses(tmp_path, text, word):
     (tmp_path / "classes.txt").write_bytes(text.encode(errors="surrogateescape"))
-    assert "\n" not in refuses_with([word, "classes.txt"], class_table, tmp_path)
+    refuses(lambda: class_table(tmp_path), word, "classes.txt")
 
 
 # -- layout files ----------------------------------------------------------------------------------
@@ -1738,7 +1627,6 @@ CLEAR_CAR = np.dstack([RGB, blocks(255, 0, 255)])  # RGB and alpha
 @pytest.mark.parametrize("name, picture, want", [
     # The name decides before the content.
     ("a_labelIds.png", blocks(0, 7, 11, 33, 255), [255, 0, 2, 18, 255]),
-    ("a_labelIds.png", blocks(0, 7, 11), [255, 0, 2]),
     ("a_labelTrainIds.png", blocks(0, 7, 11, 255), [0, 7, 11, 255]),
     ("a_train_id.png", blocks(0, 7, 19), [0, 7, 255]),
     # Then the ids.
@@ -1752,8 +1640,7 @@ CLEAR_CAR = np.dstack([RGB, blocks(255, 0, 255)])  # RGB and alpha
     ("p.png", blocks(40, 41, palette=CITY[[8] * 42]), [8, 8]),
     ("p.png", blocks(0, 5, palette=FURTHER), [13, 255]),
     ("p.png", blocks(0, 2, 255, palette=FOREIGN), [0, 2, 255]),
-    ("p.png", blocks(0, 2, 1, palette=0 * GREYS), [0, 2, 1]),
-    ("p.png", blocks(18, 7, palette=GREYS), [18, 7]),
+    ("p.png", blocks(0, 2, 1, palette=GREYS), [0, 2, 1]),
     ("p.png", blocks(0, 2, 3, palette=MOVED + 9), [0, 2, 3]),
     # Transparent pixels are void: by alpha, or by tRNS (a colour, a grey, an index, alphas).
     ("a.png", CLEAR_CAR, [0, 255, 8]),
@@ -1770,12 +1657,10 @@ def test_layouts_that_are_read(tmp_path, name, picture, want):
 
 @pytest.mark.parametrize("key, name, picture, words", [
     ("ade20k", "a.png", blocks(0, 150, 151, 151, 200), ["[151, 200]", "0 to 150, and 255"]),
-    ("coco", "a.png", blocks(0, 182), ["[182]", "0 to 181"]),
-    ("coco", "a.png", blocks(1000, kind=np.uint16), ["[1000]"]),
+    ("coco", "a.png", blocks(1000, kind=np.uint16), ["[1000]", "0 to 181"]),
     ("toy", "a_labelTrainIds.png", blocks(7, 26), ["[26]"]),
     ("toy", "a_labelIds.png", blocks(7, 34), ["[34]", "0 to 33"]),
     ("toy", "a.png", RGB[..., ::-1], ["512 pixels", "RGB"]),
-    ("toy", "a.jpg", RGB, ["PNG"]),
     ("toy", "a.jpg", blocks(7), ["mode L", "JPEG"]),
     ("toy", "a.png", np.hstack([RGB, np.full((16, 1, 3), 5, np.uint8)]), ["16 p", "[5, 5, 5]"]),
     ("toy", "a.png", Image.fromarray(RGB).resize((200, 200), Image.BICUBIC), ["by nearest"]),
@@ -1785,17 +1670,15 @@ def test_layouts_that_are_read(tmp_path, name, picture, want):
     ("toy", "a.png", CLEAR_CAR // 2, ["512 pixels are half transparent"]),
     # A palette with some of the data set's colours is read neither way.
     ("toy", "p.png", blocks(0, 1, 2, palette=MOVED + [[0], [1], [0], [0]]), ["[129, 65, 129]"]),
-    ("toy", "p.png", blocks(0, 4, palette=FURTHER), ["[1, 250, 3]", "single channel"]),
-    ("toy", "p.png", blocks(5, 0, 4, palette=FURTHER), ["[1, 250, 3]"]),
+    ("toy", "p.png", blocks(5, 0, 4, palette=FURTHER), ["[1, 250, 3]", "single channel"]),
     ("toy", "p.png", blocks(0, 40, palette=FOREIGN), ["[40]"])])
 def test_layouts_that_are_refused(tmp_path, key, name, picture, words):
     path = save(tmp_path / name, picture)
-    assert "\n" not in refuses_with([name, *words], read_layout, path, key)
+    refuses(lambda: read_layout(path, key), name, *words)
 
 
 def test_a_layout_from_memory_is_called_by_its_name():
-    file = io.BytesIO()
-    blocks(7, 11).save(file, "png")
+    file = io.BytesIO(as_png(blocks(7, 11)))
     assert read_blocks(file, name="street_labelIds.png") == [0, 2]
     assert read_blocks(file, name="street_labelTrainIds.png") == [7, 11]
     assert read_blocks(file, name="street.png", coding="own") == [0, 2]
@@ -1804,9 +1687,7 @@ def test_a_layout_from_memory_is_called_by_its_name():
 
 def without_palette():
     """A palette PNG that lacks its PLTE chunk."""
-    file = io.BytesIO()
-    blocks(0, 1, palette=CITY).save(file, "png")
-    content = file.getvalue()
+    content = as_png(blocks(0, 1, palette=CITY))
     start = content.index(b"PLTE") - 4
     length = int.from_bytes(content[start:start + 4], "big")
     return content[:start] + content[start + length + 12:]
@@ -1820,26 +1701,17 @@ def test_files_that_are_no_images(tmp_path):
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
     for content in (b"", whole[:len(whole) // 2], flipped, postscript, without_palette()):
         path.write_bytes(content)
-        refused = refuses_with(["a.png: cannot be read"], read_layout, path, "toy")
-        assert "\n" not in refused
+        refuses(lambda: read_layout(path, "toy"), "a.png: cannot be read")
 
 
-@pytest.mark.parametrize("kind, words", [
-    ("missing", "No such file"), ("folder", "not a regular file"), ("fifo", "not a regular file"),
-    ("device", "not a regular file"), ("loop", "symbolic links"), ("long name", "too long")])
-def test_places_that_are_no_files(tmp_path, kind, words):
-    path = tmp_path / "a.png"
-    if kind == "folder":
-        path.mkdir()
-    if kind == "fifo":
-        os.mkfifo(path)
-    if kind == "device":
-        path = Path("/dev/zero")
-    if kind == "loop":
-        path.symlink_to(path)
-    if kind == "long name":
-        path = tmp_path / f"{'a' * 300}.png"
-    assert "\n" not in refuses_with([str(path), words], read_layout, path, "toy")
+def test_places_that_are_no_files(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, words in (("missing", "No such file"), ("folder", "not a regular file"),
+                        ("fifo", "not a regular file"), ("/dev/zero", "not a regular file"),
+                        ("loop", "symbolic links"), ("a" * 300, "too long")):
+        refuses(lambda: read_layout(tmp_path / name, "toy"), name, words)
 
 
 @needs_shared
@@ -1864,7 +1736,7 @@ def test_real_cityscapes_frame():
     assert np.abs(image.permute(1, 2, 0).numpy() - mean).mean() < 0.006
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_photos_are_turned_upright(tmp_path, suffix):
     exif = Image.Exif()
     exif[0x112] = 6  # the file's lower left is the upright top left
@@ -1908,7 +1780,6 @@ def read_all(place, classes, **options):
 @pytest.mark.parametrize("key, contents, want, word", [
     # Cityscapes: labelIds 0..33, train ids 0..18, 19 or 255 for void.
     ("cityscapes", [(7, 8), (7, 26)], [[0, 1], [0, 13]], "labelIds;"),
-    ("cityscapes", [(7, 8), (7, 255)], [[7, 8], [7, 255]], "train ids (labelIds"),
     ("cityscapes", [(7, 8), (18, 19)], [[7, 8], [18, 255]], "train ids (labelIds"),
     ("cityscapes", [(255, 255)], [[255, 255]], "train ids; nothing but void"),
     # ADE20K: 0 is void and 1..150 are classes; or 0..149, and 255 for void.
@@ -1973,14 +1844,12 @@ def test_classes_of_one_colour_are_named_where_it_occurs(tmp_path):
 
 
 def test_nothing_but_void_is_said(tmp_path):
-    write_city(tmp_path, 3)
-    for path in tmp_path.glob("gtFine/*/*/*.png"):
-        save(path, np.full((64, 64), 255, np.uint8))
-    pairs = data.Pairs("cityscapes", tmp_path, size=64)
-    assert pairs.only_void
-    assert "nothing but void" in pairs.description
-    save(path, np.full((64, 64), 8, np.uint8))
-    layouts = data.Layouts(path.parent, "cityscapes")
+    paths = [save(tmp_path / f"{i}.png", blocks(255)) for i in range(3)]
+    layouts = data.Layouts(tmp_path, "cityscapes")
+    assert layouts.only_void
+    assert "nothing but void" in layouts.description
+    save(paths[0], blocks(8))
+    layouts = data.Layouts(tmp_path, "cityscapes")
     assert not layouts.only_void
     assert "2 of them hold nothing but void" in layouts.description
 
@@ -1999,21 +1868,6 @@ def test_a_folder_with_its_own_list_is_read_by_names(tmp_path):
     assert "1 of 2 are broken and left out" in description
 
 
-@pytest.mark.parametrize("key", ["ade20k", "coco", "cityscapes"])
-def test_exported_layouts_are_the_same_twice_round(tmp_path, key):
-    want = [*range(len(class_table(key).names)), IGNORE]
-    save(tmp_path / "0/x_labelTrainIds.png", blocks(*want))
-    place = tmp_path / "0"
-    for i in (1, 2):
-        layouts = data.Layouts(place, key)
-        place = tmp_path / str(i)
-        write_classes(place, data.classes_text(class_table(key)))
-        for name in layouts.names:
-            label = layouts.read(name)
-            assert label[0, ::16].tolist() == want
-            save(place / f"labels/{name}.png", label.byte().numpy())
-
-
 @pytest.mark.parametrize("kinds, taken", [
     (["color", "instanceIds", "labelIds", "labelTrainIds"], "labelIds"),
     (["color", "instanceIds", "labelTrainIds"], "labelTrainIds"),
@@ -2026,14 +1880,6 @@ def test_of_a_citys_files_one_kind_is_taken(tmp_path, kinds, taken):
     read, description = read_all(tmp_path, "cityscapes")
     assert read == {"ulm_0": [0, 2]}
     assert f"pictures with several files: read {taken}" in description
-
-
-def test_places_without_layouts(tmp_path):
-    refuses_with(["nowhere: no such"], data.Layouts, tmp_path / "nowhere", "toy")
-    refuses_with([str(tmp_path), "no layouts"], data.Layouts, tmp_path, "toy")
-    save(tmp_path / "a.png", blocks(77))
-    text = refuses_with(["a.png", "[77]"], data.Layouts, tmp_path / "a.png", "toy")
-    assert "\n" not in text
 
 
 def test_unreadable_layouts_are_reported_together(tmp_path):
@@ -2097,11 +1943,10 @@ def test_captions_as_text_beside_the_images(tmp_path):
         assert data.Layouts(place, root).caption("p1") == "the sea"
 
 
-@pytest.mark.parametrize("key", [
-    "toy_00000001_leftImg8bit.png", "toy_00000001.jpg", "train/toy/toy_00000001_leftImg8bit.png",
-    "toy_00000001_gtFine_labelIds", "toy_00000001"])
-@pytest.mark.parametrize("place", ["", "dataloader"])
-def test_official_captions_in_any_spelling(tmp_path, key, place):
+@pytest.mark.parametrize("place, key", [
+    ("", "toy_00000001.jpg"), ("", "train/toy/toy_00000001_leftImg8bit.png"),
+    ("dataloader", "toy_00000001_gtFine_labelIds")])
+def test_official_captions_in_any_spelling(tmp_path, place, key):
     write_city(tmp_path, 2)
     (tmp_path / "captions_train.json").unlink()
     file = tmp_path / place / "cityscapes_caption_train.json"
@@ -2132,13 +1977,13 @@ def test_composed_captions():
 
 
 @pytest.mark.parametrize("content", [
-    b"{", b"[1]", b"3", b'{"p3": 1}', b'{"p3": []}', b'{"p3": ["a", 1]}', b'{"p3": "stra\xdfe"}',
+    b"{", b"[1]", b'{"p3": []}', b'{"p3": ["a", 1]}', b'{"p3": "stra\xdfe"}',
     b'{"p3": "\\udc80"}', b'{"images": [{}], "annotations": []}', b"[" * 100_000, None])
 def test_captions_that_cannot_be_read(tmp_path, content):
     file = tmp_path / "c.json"
     if content:
         file.write_bytes(content)
-    assert "\n" not in refuses_with(["c.json"], data.read_captions, tmp_path, "val", file)
+    refuses(lambda: data.read_captions(tmp_path, "val", file), "c.json")
 
 
 # -- the toy world ---------------------------------------------------------------------------------
@@ -2305,7 +2150,6 @@ CITY_FILES = {  # file -> what its label holds; one picture has both kinds of id
     ("cityscapes", "train", CITY_FILES, ["b", "n", "u"], [7, 13, 0]),
     ("cityscapes:night", "train", CITY_FILES, ["n"], [13]),
     ("ade20k", "train", {"images/training/a": None, "annotations/training/a": 7}, ["a"], [6]),
-    ("coco", "val", {"val2017/1": None, "stuffthingmaps/val2017/1": 181}, ["1"], [170]),
     ("coco", "val", {"val2017/1": None, "val2017/1.": 181}, ["1"], [170]),
     ("coco", "train", {"images/train2017/1": None, "annotations/train2017/1_labelTrainIds": 12,
                        "annotations/train2017/1": 13}, ["1"], [12]),
@@ -2333,7 +2177,7 @@ def test_folders_of_data_sets(tmp_path, monkeypatch, key, split, contents, names
         refuses_with(["own/images/test"], data.Pairs, key, "own", "test")
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "webp", "bmp", "tif", "tiff", "JPEG"])
+@pytest.mark.parametrize("suffix", ["webp", "bmp", "tif", "JPEG"])
 def test_photos_of_many_forms(tmp_path, suffix):
     root = own_folder(tmp_path, 1, (f"images/{{}}.{suffix}", "labels/{}.png"))
     image, label = data.Pairs(root, size=32).full(0)
@@ -2371,22 +2215,12 @@ def test_names_in_two_unicode_forms_are_the_same(tmp_path):
     assert data.Layouts(root, root).caption(composed) == "a beach"
 
 
-@pytest.mark.parametrize("split", ["**x", "[", "no/../../x", "a" * 300])
+@pytest.mark.parametrize("split", ["**x", "no/../../x", "a" * 300])
 def test_splits_that_are_not_there(tmp_path, split):
     root = own_folder(tmp_path, 1, ("images/train/{}.png", "labels/train/{}.png"))
-    assert "\n" not in refuses_with([str(root)], data.Pairs, root, split=split, size=32)
+    refuses(lambda: data.Pairs(root, split=split, size=32), str(root))
     write_city(tmp_path / "city", 1)
     refuses_with(["city"], data.Pairs, "cityscapes", tmp_path / "city", split)
-
-
-@pytest.mark.parametrize("kind", ["missing", "loop", "file"])
-def test_roots_that_are_no_folders(tmp_path, kind):
-    root = tmp_path / "root"
-    if kind == "loop":
-        root.symlink_to(root)
-    if kind == "file":
-        root.touch()
-    assert "\n" not in refuses_with([str(root)], data.Pairs, "cityscapes", root)
 
 
 def test_broken_pairs_are_reported_together(tmp_path):
@@ -2419,29 +2253,22 @@ def test_the_start_reads_headers_and_skip_broken_reads_everything(tmp_path):
 def test_stamp_changes_with_the_items_and_not_with_their_place(tmp_path):
     root = own_folder(tmp_path / "a", 3)
     shutil.copytree(root, tmp_path / "b")
-    assert data.Pairs(f"{root}/", size=32).stamp() == data.Pairs(tmp_path / "b", size=32).stamp()
 
-    def repaint():
-        label = np.asarray(Image.open(root / "labels/p1.png")).copy()
-        label[3, 3] = 1
-        save(root / "labels/p1.png", label)
-
-    def rename():
-        for kind in ("images", "labels"):
-            (root / kind / "p0.png").rename(root / kind / "p5.png")
-
-    def caption():
-        (root / "captions.json").write_text('{"p1": "a beach"}')
-
-    def reclass():
-        write_classes(root, "sand\nocean 0 0 200")
-
-    stamps = [data.Pairs(root, size=32).stamp()]
-    for change in (repaint, rename, caption, reclass):
-        change()
-        stamps.append(data.Pairs(root, size=32).stamp())
+    def stamp(place=root):
+        return data.Pairs(place, size=32).stamp()
+    stamps = [stamp()]
+    assert stamps == [stamp(tmp_path / "b")] == [stamp(f"{root}/")]
+    save(root / "labels/p1.png", np.eye(40, 56, dtype=np.uint8))
+    stamps.append(stamp())
+    for kind in ("images", "labels"):
+        (root / kind / "p0.png").rename(root / kind / "p5.png")
+    stamps.append(stamp())
+    (root / "captions.json").write_text('{"p1": "a beach"}')
+    stamps.append(stamp())
+    write_classes(root, "sand\nocean 0 0 200")
+    stamps.append(stamp())
     assert len(set(stamps)) == 5
-    assert data.Pairs(root, size=32).stamp() == stamps[-1]
+    assert stamp() == stamps[-1]
 
 
 # -- batches ---------------------------------------------------------------------------------------
@@ -2498,9 +2325,7 @@ def test_a_file_that_gets_lost_in_the_middle_is_named(tmp_path, workers, kind):
     source = data.batches(data.Pairs(root, size=32), 4, seed=0, workers=workers)
     next(source)
     (root / kind / "p2.png").unlink()
-    text = refuses_with([f"{kind}/p2.png", "No such file"], list, itertools.islice(source, 20))
-    assert text.startswith(str(root))
-    assert "\n" not in text
+    refuses(lambda: list(itertools.islice(source, 20)), f"{root}/{kind}/p2.png", "No such file")
 
 
 def children():
@@ -2518,8 +2343,7 @@ def test_workers_ignore_signals_and_a_killed_one_is_one_line(ten_scenes):
             os.kill(worker, number)
     assert len(list(itertools.islice(source, 8))) == 8
     os.kill(min(workers), signal.SIGKILL)
-    text = refuses_with(["--workers 2", "killed"], list, source)
-    assert "\n" not in text
+    refuses(lambda: list(source), "--workers 2", "killed")
 
 
 # -- writing files ---------------------------------------------------------------------------------
@@ -2641,9 +2465,6 @@ def test_every_adapter_samples_from_its_file(kind, hint, tmp_path):
     expected = sample.generate(model, *layout, steps=2)
     loaded = sample.load_model(tmp_path / "a.safetensors")
     assert alike(sample.generate(loaded, *layout, steps=2), expected)
-    half = sample.load_model(tmp_path / "a.safetensors", precision="bf16")
-    rough = sample.generate(half, *layout, steps=2, precision="bf16").astype(int)
-    assert 0 < np.abs(rough - expected).mean() < 8
 
 
 def test_precision_follows_the_device():
@@ -2780,7 +2601,7 @@ def test_curves(tmp_path):
     assert y[x == x.min()].max() < 10 and y[x == x.max()].min() > 65 and np.ptp(x) > 300
 
 
-@pytest.mark.parametrize("text", [None, "", "step,falls\n", "5\n6\n", "\0\0", "step,a\nx,y\n"])
+@pytest.mark.parametrize("text", [None, "", "step,falls\n", "step,a\nx,y\n"])
 def test_no_curves_of_a_log_without_losses(text, tmp_path):
     if text is not None:
         (tmp_path / "log.csv").write_text(text)
@@ -2859,9 +2680,8 @@ def test_what_another_shard_is_writing_stays(cli, tmp_path, make_flags):
 
 
 @pytest.mark.parametrize("flags, word", [
-    ("--prompts day", "night scene"), ("--seed 1", "seed 0"), ("--cfg 2", "cfg 1"),
-    ("--ids own", "ids None"), ("--out in", "contains the layouts"),
-    ("--adapter other.safetensors", "step 1000")])
+    ("--prompts day", "night scene"), ("--cfg 2", "cfg 1"), ("--ids own", "ids None"),
+    ("--out in", "contains the layouts"), ("--adapter other.safetensors", "step 1000")])
 def test_a_data_set_is_continued_with_the_same_flags_only(cli, tmp_path, make_flags, flags, word):
     save_changed_adapter(tmp_path / "other.safetensors")
     cli(*make_flags, "--limit", 1)
@@ -2869,12 +2689,12 @@ def test_a_data_set_is_continued_with_the_same_flags_only(cli, tmp_path, make_fl
     assert code == 2 and word in err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "\0"])
-def test_a_damaged_made_json_is_one_line(cli, tmp_path, make_flags, text):
+def test_a_damaged_made_json_is_one_line(cli, tmp_path, make_flags):
     cli(*make_flags, "--limit", 1)
-    (tmp_path / "made" / "made.json").write_text(text)
-    code, out, err = cli(*make_flags)
-    assert code == 2 and "made.json: cannot be read" in err.splitlines()[-1]
+    for text in ("{", "[1]", "\0"):
+        (tmp_path / "made" / "made.json").write_text(text)
+        code, out, err = cli(*make_flags)
+        assert code == 2 and "made.json: cannot be read" in err.splitlines()[-1]
 
 
 def test_our_own_data_sets_serve_as_layouts(cli, tmp_path):
@@ -2956,6 +2776,14 @@ def test_precision_and_recall():
     result = judge.compare([*torch.tensor(real)], [*torch.tensor(one_mode)])
     assert result["precision"] == 1 and result["recall"] < 0.2
     assert result["frechet_distance"] == pytest.approx(frechet_by_hand(real, one_mode), abs=1e-5)
+
+
+def save_judge(path, names):
+    """-> the UperNet of 19 classes, in the toy's size, whose file is `path`."""
+    net = UperNet(19, **PRESETS["toy"].segmenter)
+    meta = dict(format="aldm-segmenter", preset="toy", dataset="toy", normalize=False, names=names)
+    aldm.save_tensors(path, prefixed("segmenter.", net.state_dict()), meta)
+    return net
 
 
 # -- evaluation: a folder of images ----------------------------------------------------------------
@@ -3174,11 +3002,7 @@ def test_a_folder_without_real_images_needs_a_judge(cli, tmp_path, toy_root):
     cli("--layouts", "val", "--root", toy_root, "--limit", 2, "--steps", 1, "--out", "made")
     code, out, err = cli("--evaluate", "made")
     assert code == 2 and "--judge" in err and "without --data there are no real images" in err
-    net = UperNet(19, **PRESETS["toy"].segmenter)
-    tensors = {f"segmenter.{name}": t for name, t in net.state_dict().items()}
-    meta = dict(format="aldm-segmenter", preset="toy", dataset="toy", normalize=False,
-                names=class_table("toy").names)
-    aldm.save_tensors(tmp_path / "judge.safetensors", tensors, meta)
+    save_judge(tmp_path / "judge.safetensors", class_table("toy").names)
     code, out, err = cli("--evaluate", "made", "--judge", "judge.safetensors")
     assert code == 0 and "generated" in out and "real" not in out.splitlines()[0]
 
@@ -3207,16 +3031,13 @@ def test_mit_semsegs_judge_leaves_out_classes_it_cannot_tell_apart(tmp_path):
 
 
 def test_our_own_judge_has_the_size_and_the_classes_of_its_file(tmp_path):
-    toy, classes = PRESETS["toy"], class_table("cityscapes")
-    file, net = tmp_path / "ours.safetensors", UperNet(19, **toy.segmenter)
-    tensors = {f"segmenter.{name}": t for name, t in net.state_dict().items()}
-    meta = dict(format="aldm-segmenter", preset="toy", dataset="toy", normalize=False)
-    aldm.save_tensors(file, tensors, dict(meta, names=classes.names))
+    file, classes = tmp_path / "ours.safetensors", class_table("cityscapes")
+    net = save_judge(file, classes.names)
     found, unjudged = judge.load_judge([file], PRESETS["sd15"], classes)
     last = net.decoder.conv_last[1].weight
     assert unjudged == () and torch.equal(found.decoder.conv_last[1].weight, last)
-    aldm.save_tensors(file, tensors, dict(meta, names=("a",) * 19))
-    refuses_with(["19 classes of toy"], judge.load_judge, [file], toy, classes)
+    save_judge(file, ("a",) * 19)
+    refuses_with(["19 classes of toy"], judge.load_judge, [file], PRESETS["toy"], classes)
 
 
 def test_clip_is_used_where_it_is_at_hand(monkeypatch):
@@ -3291,12 +3112,11 @@ def bad_inputs(tmp_path):
 @pytest.mark.parametrize("flags, word", [  # a word of the one line that says so
     ("", "--evaluate"), ("--layout ok.png --layouts val", "--layouts"),
     ("--layout ok.png --prompt \udcff", "UTF-8"), ("--layouts val --shard 2/2", "i/n"),
-    ("--layout ok.png --steps 0", "1 to 1000"), ("--layout ok.png --ids both", "--ids"),
-    ("--layout ok.png --out text.png", "text.png"), ("--layout text.png", "text.png"),
-    ("--layout no.png", "no such file"), ("--layout whole", "use --layouts"),
-    ("--layouts ok.png", "use --layout "), ("--layouts no/folder", "no such folder"),
+    ("--layout ok.png --steps 0", "1 to 1000"), ("--layout ok.png --out text.png", "text.png"),
+    ("--layout text.png", "text.png"), ("--layout no.png", "no such file"),
+    ("--layout whole", "use --layouts"), ("--layouts ok.png", "use --layout "),
     ("--layouts test --root ROOT", "no such folder; as a split"), ("--layouts empty", "no layouts"),
-    ("--layouts val --size 0", "--size 0"), ("--evaluate --size 0", "--size 0"),
+    ("--layouts val --size 0", "--size 0"),
     ("--layouts whole --out whole", "--out"), ("--layouts whole --out own", "other images"),
     ("--layouts val --prompt night", "use --prompts"),
     ("--layout ok.png --prompts night", "use --prompt "),
@@ -3305,7 +3125,7 @@ def bad_inputs(tmp_path):
     ("--layout ok.png --adapter no.safetensors", "no.safetensors"),
     ("--layout ok.png --sd ADAPTER", "unet"),
     ("--layout ok.png --class-embeddings text.png", "text.png"),
-    ("--layout ok.png --data ade20k", "150"), ("--layout ok.png --precision fp16", "--precision"),
+    ("--layout ok.png --data ade20k", "150"),
     ("--evaluate --judge ADAPTER --root ROOT", "toy_aldm.safetensors")])
 def test_bad_input_to_sample_is_one_line(flags, word, cli, tmp_path, bad_inputs, toy_root):
     argv = flags.replace("ADAPTER", str(sample.ADAPTER)).replace("ROOT", str(toy_root)).split()
@@ -3360,13 +3180,6 @@ def pair_server(toy_model, toy_segmenter):
     models = {"noise loss": sample.load_model(paint.TOY["noise loss"]), "ALDM": toy_model}
     with running(models, segmenter=toy_segmenter) as server:
         yield server
-
-
-def as_png(picture):
-    file = io.BytesIO()
-    picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-    picture.save(file, "PNG")
-    return file.getvalue()
 
 
 REQUEST = {"prompt": "a street", "seed": 0, "steps": 2, "cfg": 1}
@@ -3449,17 +3262,12 @@ def test_two_adapters_paint_the_same_request(pair_server, server, toy_segmenter)
         assert np.array_equal(red, wrong) and line["wrong"] == share == wrong.mean()
 
 
-def test_a_real_picture_is_hardly_wrong_and_its_mirror_image_is(toy_segmenter):
+def test_what_is_wrong_in_a_picture(toy_segmenter):
+    """Hardly anything in a real one, much in its mirror image; only labelled pixels count."""
     image, label, _ = toy_scene(10_000_003)
     label = torch.tensor(label)
-    wrong, share = find_wrong(toy_segmenter, image, label)
-    assert wrong.shape == (64, 64) and share < 0.05
+    assert find_wrong(toy_segmenter, image, label)[1] < 0.05
     assert find_wrong(toy_segmenter, image[:, ::-1].copy(), label)[1] > 0.15
-
-
-def test_only_labelled_pixels_can_be_wrong(toy_segmenter):
-    image, label, _ = toy_scene(10_000_003)
-    label = torch.tensor(label)
     label[:32] = IGNORE
     label[32:] = 18  # a bicycle: not in the toy world
     wrong, share = find_wrong(toy_segmenter, image, label)
@@ -3479,9 +3287,8 @@ def test_layout_files_in_the_page(server):
 
 
 @pytest.mark.parametrize("words, body, says", [
-    ({"steps": 0}, PNG, "steps"), ({"steps": 1001}, PNG, "steps"), ({"steps": 2.5}, PNG, "steps"),
-    ({"steps": ""}, PNG, "steps"), ({"seed": -1}, PNG, "seed"), ({"seed": True}, PNG, "seed"),
-    ({"cfg": float("nan")}, PNG, "cfg"), ({}, b"", "the layout: "), ({}, b"GIF89a", "the layout: "),
+    ({"steps": 1001}, PNG, "steps"), ({"steps": 2.5}, PNG, "steps"), ({"seed": -1}, PNG, "seed"),
+    ({"cfg": float("nan")}, PNG, "cfg"), ({}, b"GIF89a", "the layout: "),
     ({}, as_png(Image.new("RGB", (64, 64), (1, 2, 3))), "[1, 2, 3]"),
     ({}, as_png(Image.new("L", (4096, 2048))), "4096 x 2048 pixels are far more")])
 def test_bad_requests_are_one_line(server, words, body, says):
@@ -3505,15 +3312,14 @@ def test_only_from_here_and_not_too_large(server):
         assert str(BODY) in call(server, headers={"Content-Length": length})[1]
 
 
-@pytest.mark.parametrize("path", ["http://[::1/", "//[::1/", "/%ff%00", "/generate?%"])
-@pytest.mark.parametrize("method", ["GET", "POST"])
-def test_odd_paths_get_an_answer(server, path, method):
+@pytest.mark.parametrize("method, status", [("GET", b"200"), ("POST", b"400")])
+def test_odd_paths_get_an_answer(server, method, status):
     port = server.server_port
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-        connection.sendall(f"{method} {path} HTTP/1.1\r\nHost: localhost:{port}\r\n"
-                           "Content-Length: 0\r\n\r\n".encode())
-        answer = connection.makefile("rb").read()
-    assert answer.startswith({"GET": b"HTTP/1.0 200", "POST": b"HTTP/1.0 400"}[method])
+    for path in ("http://[::1/", "//[::1/", "/%ff%00", "/generate?%"):
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            connection.sendall(f"{method} {path} HTTP/1.1\r\nHost: localhost:{port}\r\n"
+                               "Content-Length: 0\r\n\r\n".encode())
+            assert connection.makefile("rb").read().startswith(b"HTTP/1.0 " + status)
 
 
 def test_browsers_leave_the_number_of_port_80_out(toy_model, monkeypatch):
@@ -3569,9 +3375,8 @@ def test_a_failure_is_one_line_and_the_server_lives_on(server, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, titles, judged", [
-    ("", ["noise loss", "ALDM"], True), ("--adapter ALDM", ["ALDM"], False),
+    ("", ["noise loss", "ALDM"], True), ("--adapter ALDM ALDM", ["ALDM"], False),
     ("--adapter ALDM other", ["ALDM", "other"], True),
-    ("--adapter ALDM ALDM", ["ALDM"], False),
     ("--sd unjudged", ["noise loss", "ALDM"], False)])
 def test_what_the_page_compares(flags, titles, judged, tmp_path, monkeypatch):
     """The toy's two adapters, or those named; the judge is in the toy's base file, or missing."""
@@ -3589,10 +3394,8 @@ def test_what_the_page_compares(flags, titles, judged, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("adapters, word", [
-    (["ALDM", "other"], "their classes or presets differ"), (["ALDM"] * 3, "one or two, not 3"),
-    (["ALDM", "missing"], "missing")])
-def test_adapters_that_cannot_be_compared_are_refused(adapters, word, tmp_path, monkeypatch, capsys,
-                                                      bad_inputs):
+    (["ALDM", "other"], "their classes or presets differ"), (["ALDM"] * 3, "one or two, not 3")])
+def test_adapters_that_are_not_compared(adapters, word, tmp_path, monkeypatch, capsys, bad_inputs):
     monkeypatch.chdir(tmp_path)
     Path("ALDM").symlink_to(sample.ADAPTER)
     save_changed_adapter("other", dataset="elsewhere", classes=class_table(tmp_path / "own"))
@@ -3786,16 +3589,16 @@ def test_full_disk(train_cli, tmp_path):
     assert leftovers(tmp_path) == [] and saved_steps(tmp_path) == [2]
 
 
-@pytest.mark.parametrize("lost", ["adapter.safetensors", "adapter_0000020.safetensors"])
-def test_what_users_take_is_restored_with_the_checkpoint(lost, train_cli, tmp_path):
+def test_what_users_take_is_restored_with_the_checkpoint(train_cli, tmp_path):
     """As after a kill between the checkpoint and the export, or when somebody deletes it."""
     flags = ("--out", tmp_path, "--steps", 20, "--discriminator", "none", "--sample-every", 99)
     assert train_cli(*flags)[0] == 0
-    meta, parts = read_adapter(tmp_path / lost)
-    (tmp_path / lost).unlink()
-    assert train_cli(*flags, "--resume")[0] == 0
-    again, restored = read_adapter(tmp_path / lost)
-    assert again == meta and meta["step"] == 20 and same(restored["adapter"], parts["adapter"])
+    for lost in ("adapter.safetensors", "adapter_0000020.safetensors"):
+        meta, parts = read_adapter(tmp_path / lost)
+        (tmp_path / lost).unlink()
+        assert train_cli(*flags, "--resume")[0] == 0
+        again, restored = read_adapter(tmp_path / lost)
+        assert again == meta and meta["step"] == 20 and same(restored["adapter"], parts["adapter"])
 
 
 def test_a_longer_run_is_judged_anew(train_cli, tmp_path):
@@ -3823,14 +3626,19 @@ def test_weights_that_overflow_are_not_exported(train_cli, tmp_path):
 # -- the folder of a run, with next to nothing to train --------------------------------------------
 
 
+def run_args(out, **kw):
+    args = dict(out=out, steps=1, resume=False, seed=0, save_every=1, keep=1)
+    return SimpleNamespace(**args | kw)
+
+
 def little_run(out, steps=4, step=None, stream=itertools.count, **kw):
     """A run of a layer with two weights, to which each step adds one -> the layer, and the steps at
     which it was saved. step(i): more losses."""
     layer, saved = nn.Linear(2, 1, bias=False), []
     nn.init.zeros_(layer.weight)
-    args = dict(out=out, steps=steps, resume=False, seed=0, save_every=1, keep=2) | kw
+    args = run_args(out, **dict(steps=steps, keep=2) | kw)
     meta = {"dataset": "toy", "names": ["road"]}
-    with Run(SimpleNamespace(**args), {"layer": layer}, meta, ["noise", "dropped"]) as run:
+    with Run(args, {"layer": layer}, meta, ["noise", "dropped"]) as run:
         batches = stream(run.first)
         for i in run:
             run.next(batches)
@@ -3877,7 +3685,6 @@ FOURS = b"\0\0\x80\x40\0\0\x80\x40"  # the weights (4, 4)
 DAMAGE = {
     "truncated": lambda b: b[:len(b) // 2],
     "empty": lambda b: b"",
-    "text": lambda b: b"not a checkpoint",
     "a flipped byte": lambda b: b.replace(FOURS, b"\0\0\x81\x40\0\0\x80\x40")}
 
 
@@ -3902,7 +3709,6 @@ def test_a_damaged_checkpoint(damage, tmp_path, capsys):
 LIES = {  # checkpoints that are whole, but not what they say
     "a list": lambda c: [1, 2],
     "no meta": lambda c: {key: value for key, value in c.items() if key != "meta"},
-    "a step in words": lambda c: c | {"step": "4"},
     "a negative step": lambda c: c | {"step": -3},
     "flags 5": lambda c: c | {"flags": 5},
     "other keys": lambda c: c | {"layer": {"bias": torch.zeros(1)}},
@@ -3920,8 +3726,7 @@ def test_a_checkpoint_that_lies(lie, tmp_path, capsys):
     assert layer.weight.tolist() == [[4, 4]]
 
 
-@pytest.mark.parametrize("moment", [torch.zeros(1), torch.zeros(2, 1), None,
-                                    torch.zeros(1, 2).half()])
+@pytest.mark.parametrize("moment", [None, torch.zeros(2, 1), torch.zeros(1, 2).half()])
 def test_moments_of_other_shapes_are_never_filled_in(moment):
     """The fused optimiser would read past their end."""
     layer = nn.Linear(2, 1, bias=False)
@@ -3974,9 +3779,8 @@ def test_nothing_spoiled_is_saved_and_nothing_done_is_lost(tmp_path):
         little_run(tmp_path / "b", 9, stream=stream, save_every=9)
     assert saved_steps(tmp_path / "b") == [2]
     layer = nn.Linear(2, 1)
-    args = SimpleNamespace(out=tmp_path, steps=1, resume=False, seed=0, save_every=1, keep=1)
     with pytest.raises(Stopped, match="layer.*weight.*finite"):
-        with Run(args, {"layer": layer}, {}, ["dropped"]) as run:
+        with Run(run_args(tmp_path), {"layer": layer}, {}, ["dropped"]) as run:
             for _ in run:
                 layer.weight.data += float("inf")
                 run.log({"dropped": torch.tensor(0.)})
@@ -3986,7 +3790,7 @@ def test_nothing_spoiled_is_saved_and_nothing_done_is_lost(tmp_path):
 def test_one_run_holds_a_folder(tmp_path):
     """Whatever becomes of its files; whoever holds it removes all half-written ones."""
     (tmp_path / ".4711.checkpoint_0000002.pt.part").write_text("half, of a container's process")
-    args = SimpleNamespace(out=tmp_path, steps=1, resume=True, seed=0, save_every=1, keep=1)
+    args = run_args(tmp_path, resume=True)
     target = tmp_path / "linked"
     target.write_text("precious")
     (tmp_path / ".lock").symlink_to(target)
@@ -4010,7 +3814,7 @@ def test_a_run_continues_where_weights_lie_otherwise_in_memory(first, second, tm
         torch.manual_seed(0)
         conv = nn.Conv2d(8, 8, 3).to(memory_format=layout)
         opt = torch.optim.AdamW(conv.parameters(), lr=0.01, fused=True)
-        args = SimpleNamespace(out=out, steps=steps, resume=resume, seed=0, save_every=9, keep=1)
+        args = run_args(out, steps=steps, resume=resume, save_every=9)
         with Run(args, {"conv": conv, "opt": opt}, {}, ["dropped"]) as run:
             for _ in run:
                 conv(torch.randn(2, 8, 5, 5)).square().mean().backward()
@@ -4614,8 +4418,8 @@ def test_a_training_without_labels_is_refused(train_cli, toy_world, tmp_path):
 # -- half precision, and devices -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", ["controlnet", "t2i", "oft", "freestyle", "piti"])
-def test_half_precision(adapter, scene_of_two):
+@pytest.mark.parametrize("adapter", sorted(dict(ADAPTERS)))
+def test_half_precision(adapter):
     """A step and a picture in bf16 are those of fp32, roughly."""
     found = []
     for precision in "fp32", "bf16":
@@ -4623,7 +4427,7 @@ def test_half_precision(adapter, scene_of_two):
         torch.manual_seed(0)
         args = setting(precision=precision, unroll=0)
         losses = train.train_step(model, D, opt_g, opt_d, halves(batch)[:1], 5, args)
-        image = sample.generate(model, scene_of_two[:1], ["at night"], [0], steps=2, cfg=1.0,
+        image = sample.generate(model, toy_labels(1, first=0), ["at night"], [0], steps=2, cfg=1.0,
                                 precision=precision)
         found.append((losses, image.astype(float)))
     (a, image), (b, half) = found
@@ -4634,12 +4438,7 @@ def test_half_precision(adapter, scene_of_two):
     assert np.abs(image - half).mean() < 4  # of 255
 
 
-@pytest.fixture(scope="module")
-def scene_of_two():
-    return toy_labels(2, first=0)
-
-
-@pytest.mark.parametrize("adapter", ["controlnet", "t2i", "oft", "freestyle", "piti"])
+@pytest.mark.parametrize("adapter", sorted(dict(ADAPTERS)))
 def test_no_tensor_is_left_behind_on_the_cpu(adapter):
     """Fake CUDA tensors: mixed devices raise, as does whatever must wait for the GPU within a step.
     (Without a driver there is neither autocast nor a backward pass.)"""
@@ -4681,12 +4480,10 @@ def test_oft_is_built_on_a_unet_on_cuda():
 @pytest.mark.parametrize("names", [["floor", "car"], [f"thing_{i}" for i in range(171)]])
 def test_own_classes_in_a_small_trial(names, toy_world, tmp_path):
     """--data FOLDER --preset toy: any number of own classes, by the commands that README names."""
-    for kind in ("images", "labels"):
-        (tmp_path / kind).mkdir()
-        for i in range(2):
-            pixels = np.random.default_rng(i).integers(0, len(names), (64, 64), np.uint8)
-            picture = Image.fromarray(pixels).convert("RGB" if kind == "images" else "L")
-            picture.save(tmp_path / kind / f"{i}.png")
+    for i in range(2):
+        label = np.random.default_rng(i).integers(0, len(names), (64, 64), np.uint8)
+        save(tmp_path / f"labels/{i}.png", label)
+        save(tmp_path / f"images/{i}.png", np.dstack([label] * 3))
     (tmp_path / "classes.txt").write_text("\n".join(names))
     base, run_ = ("--sd", toy_world / "toy.safetensors", "--device", "cpu"), tmp_path / "run"
     out = launch(train, "--data", tmp_path, "--preset", "toy", *base, "--steps", 1, "--batch", 2,
@@ -4711,18 +4508,16 @@ BAD_TRAINING = [  # arguments, words of the one line that says so
     ("--t-max 300 --ddim-steps 25 --unroll 9", "--t-max 300", "--unroll 9"),
     ("--adapter oft --hint color", "--hint color", "oft"), ("--finetune", "--finetune", "piti"),
     ("--data nowhere", "nowhere", "toy, cityscapes"), ("--root NONE", "NONE", "leftImg8bit"),
-    ("--data ade20k --root EMPTY", "EMPTY"), ("--root UNPAIRED", "without a label"),
-    ("--captions TEXT", "TEXT", "JSON"), ("--sd NONE", "NONE", "no such"), ("--sd TEXT", "TEXT"),
-    ("--sd ADAPTER", "ADAPTER"), ("--preset sd15 --size 64", "toy.safetensors"),
-    ("--init TEXT", "TEXT"), ("--init ADAPTER --adapter t2i", "ADAPTER", "controlnet", "--adapter"),
+    ("--root UNPAIRED", "without a label"), ("--captions TEXT", "TEXT", "JSON"),
+    ("--sd NONE", "NONE", "no such"), ("--sd ADAPTER", "ADAPTER"),
+    ("--preset sd15 --size 64", "toy.safetensors"), ("--init TEXT", "TEXT"),
+    ("--init ADAPTER --adapter t2i", "ADAPTER", "controlnet", "--adapter"),
     ("--init BASE", "BASE"), ("--init OTHER", "OTHER", "sd15", "--preset"),
     ("--segmenter SEVEN", "SEVEN", "7"),
     ("--class-embeddings TABLE", "TABLE", "[7, 96]", "[19, 96]"), ("--cache TEXT", "TEXT"),
-    ("--cache CACHE", "CACHE", "another folder"), ("--out TEXT", "TEXT"),
-    ("--out TEXT/out", "TEXT/out"), ("--out RUN", "RUN", "--resume"),
-    ("--out RUN --resume --steps 1", "--steps 1"),
+    ("--cache CACHE", "CACHE", "another folder"), ("--out TEXT/out", "TEXT/out"),
+    ("--out RUN", "RUN", "--resume"), ("--out RUN --resume --steps 1", "--steps 1"),
     ("--out RUN --resume --adapter t2i", "adapter", "t2i", "RUN"),
-    ("--out RUN --resume --hint color", "hint", "color"),
     ("--out RUN --resume --discriminator none", "RUN"),
     ("--init ADAPTER --hint color", "ADAPTER", "--hint classes"),
     ("--adapter t2i --class-embeddings TABLE", "--class-embeddings"),
@@ -4736,14 +4531,14 @@ def bad_files(toy_world, flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     words = re.findall("[A-Z]{3,}", " ".join(argv for argv, *_ in BAD_TRAINING))
     at = {word: folder / word for word in words}
-    for word in ("EMPTY", "CACHE", "EVILRUN"):
+    for word in ("CACHE", "EVILRUN"):
         at[word].mkdir()
     at["TEXT"].write_text("not what you think")
     (at["CACHE"] / "cache.txt").write_text("others")
     shutil.copytree(toy_world / "city", at["UNPAIRED"])
     next(at["UNPAIRED"].glob("gtFine/train/toy/*")).unlink()
     write_folder(at["FOLDER"], 2)
-    evil = {"step": 1, "x": Evil(f"touch {folder}/executed")}
+    evil = {"step": 1, "x": Call(os.system, f"touch {folder}/executed")}
     torch.save(evil, at["EVILRUN"] / "checkpoint_0000002.pt")
     base = load_frozen("toy", toy_world / "toy.safetensors")[:3]
     model = ALDM(PRESETS["toy"], *base, class_table("cityscapes"))
@@ -4752,33 +4547,34 @@ def bad_files(toy_world, flags, tmp_path_factory):
     save_adapter(at["ADAPTER"], model, meta)
     save_adapter(at["OTHER"], model, {**meta, "preset": "sd15"})
     seven = UperNet(7, **PRESETS["toy"].segmenter).state_dict()
-    torch.save({f"segmenter.{name}": t for name, t in seven.items()}, at["SEVEN"])
+    torch.save(prefixed("segmenter.", seven), at["SEVEN"])
     torch.save(torch.zeros(7, 96), at["TABLE"])
     launch(train, *flags, "--out", at["RUN"], "--steps", 2)
     return {**at, "BASE": toy_world / "toy.safetensors"}
 
 
+def put(text, at):
+    """A case with the paths of its words."""
+    return re.sub("[A-Z]{3,}", lambda word: str(at.get(word[0], word[0])), text)
+
+
 @pytest.mark.parametrize("argv, words", [(argv, words) for argv, *words in BAD_TRAINING])
 def test_bad_input_is_one_line_and_writes_nothing(argv, words, bad_files, train_cli, tmp_path,
                                                   monkeypatch):
-    def put(text):
-        return re.sub("[A-Z]{3,}", lambda word: str(bad_files.get(word[0], word[0])), text)
-
     def content():
         folder = bad_files["TEXT"].parent
         return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
     monkeypatch.chdir(tmp_path)
     before = content()
-    code, out, err = train_cli("--out", "out", *map(put, argv.split()))
+    code, out, err = train_cli("--out", "out", *put(argv, bad_files).split())
     lines = notes(err)
     assert code == 2 and out == "" and lines[0].startswith("train.py: "), (code, err)
     assert len(lines) == (3 if "UNPAIRED" in argv else 1)
-    assert all(put(word) in err for word in words), err
+    assert all(put(word, bad_files) in err for word in words), err
     assert files(tmp_path) == [] and content() == before  # an evil file is not executed, either
 
 
-@pytest.mark.parametrize("flag", ["--out", "--root", "--cache", "--sd"])
-def test_a_folder_without_permission(flag, train_cli, toy_world):
+def test_a_folder_without_permission(train_cli, toy_world):
     aldm.byte_pairs()  # nobody may be unable to read open_clip's vocabulary
     with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to all but their owner
         shutil.copytree(toy_world, f"{folder}/world")
@@ -4788,15 +4584,17 @@ def test_a_folder_without_permission(flag, train_cli, toy_world):
         closed.parent.chmod(0)
         user = os.geteuid()
         try:
-            user or os.seteuid(65534)  # root may do anything: be nobody
-            code, _, err = train_cli(
-                "--root", f"{folder}/world/city", "--sd", f"{folder}/world/toy.safetensors",
-                "--out", f"{folder}/out", flag, closed)
+            if user == 0:
+                os.seteuid(65534)  # root may do anything: be nobody
+            found = [train_cli("--root", f"{folder}/world/city", "--out", f"{folder}/out", "--sd",
+                               f"{folder}/world/toy.safetensors", flag, closed)
+                     for flag in ("--out", "--root", "--cache", "--sd")]
         finally:
-            user or os.seteuid(0)
+            os.seteuid(user)
             closed.parent.chmod(0o755)
-        assert code == 2 and len(notes(err)) == 1, err
-        assert str(closed) in err and "ermission denied" in err
+        for code, _, err in found:
+            assert code == 2 and len(notes(err)) == 1, err
+            assert str(closed) in err and "ermission denied" in err
         assert files(Path(folder)) == ["closed", "world"]
 
 
@@ -4905,10 +4703,9 @@ def test_two_processes_train_a_segmenter(small_segmenter, tmp_path):
 
 BAD_SEGMENTERS = [  # arguments, words of the one line that says so
     ("--lr -1", "--lr", "above 0"), ("--extra FOLDER --mix 1", "--mix 1", "batch of 4"),
-    ("--extra FOLDER --mix 0.1", "--mix 0.1"), ("--extra OTHERS", "OTHERS", "classes"),
-    ("--extra VOIDS", "VOIDS", "void"), ("--test VOIDS=VOIDS", "VOIDS", "void"),
-    ("--data VOIDS --root VOIDS", "VOIDS", "void"), ("--test nowhere", "nowhere"),
-    ("--segmenter NONE", "NONE"), ("--out RUN", "RUN", "--resume"), ("--root NONE", "NONE")]
+    ("--extra OTHERS", "OTHERS", "classes"), ("--extra VOIDS", "VOIDS", "void"),
+    ("--test VOIDS=VOIDS", "VOIDS", "void"), ("--data VOIDS --root VOIDS", "VOIDS", "void"),
+    ("--segmenter NONE", "NONE"), ("--out RUN", "RUN", "--resume")]
 
 
 @pytest.fixture(scope="session")
@@ -4928,14 +4725,12 @@ def bad_segmenter_files(small_segmenter, tmp_path_factory):
 @pytest.mark.parametrize("argv, words", [(argv, words) for argv, *words in BAD_SEGMENTERS])
 def test_bad_input_for_a_segmenter(argv, words, bad_segmenter_files, small_segmenter, capsys,
                                    tmp_path):
-    def put(text):
-        return re.sub("[A-Z]{3,}", lambda word: str(bad_segmenter_files[word[0]]), text)
     _, flags = small_segmenter
-    argv = [*flags, "--out", tmp_path / "out", *map(put, argv.split())]
+    argv = [*flags, "--out", tmp_path / "out", *put(argv, bad_segmenter_files).split()]
     code, out, err = outcome(plain, capsys, *argv)
     last = err.splitlines()[-1]  # the lines above say what was read
     assert code == 2 and out == "" and last.startswith("segmenter.py: "), err
-    assert all(put(word) in last for word in words), err
+    assert all(put(word, bad_segmenter_files) in last for word in words), err
     assert files(tmp_path) == []
 
 
@@ -5174,7 +4969,7 @@ def test_what_a_lent_accelerator_is_asked(tmp_path):
 
 
 README = (HERE / "README.md").read_text()
-SCRIPTS = {"train.py": train, "sample.py": sample, "tools/segmenter.py": segmenter,
+SCRIPTS = {"train.py": train, "sample.py": sample, "tools/segmenter.py": plain,
            "tools/paint.py": paint, "tools/bench.py": bench, "tools/make_toy.py": make_toy,
            "tools/make_results.py": make_results}
 

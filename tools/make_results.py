@@ -44,13 +44,13 @@ TABLES = {  # name -> title, {row: flags of train.py}
     "k": ("Unrolled steps K, and how many of their estimates are judged", {
         "K = 0": "--unroll 0",
         "K = 3, 1 judged": "--unroll 3 --judged 1",
-        "K = 3, all judged": "--unroll 3 --judged 3",
+        "K = 3, all judged (default)": "",
         "K = 9, 1 judged": "--unroll 9 --judged 1",
         "K = 9, 2 judged": "--unroll 9 --judged 2",
         "K = 9, 4 judged": "--unroll 9 --judged 4",
-        "K = 9, all judged": "--unroll 9 --judged 9",
+        "K = 9, all judged": "--unroll 9",
         "K = 9, 2 judged, `first`": "--unroll 9 --judged 2 --unroll-grad first",
-        "K = 9, all judged, `first`": "--unroll 9 --judged 9 --unroll-grad first"}),
+        "K = 9, all judged, `first`": "--unroll 9 --unroll-grad first"}),
     "gradient": ("Where the gradient flows in the unrolled steps", {
         "`first`": "--unroll-grad first",
         "`each` (default)": "",

@@ -45,7 +45,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -100,7 +100,7 @@ def outcome(module, capsys, *argv):
 
 
 def refuses_with(words, call, *args, **options):
-    """`call` raises InputError with all these words, in one line -> its text."""
+    """`call` raises InputError with all these words -> its text."""
     with pytest.raises(InputError) as caught:
         call(*args, **options)
     text = str(caught.value)
@@ -209,16 +209,16 @@ def write_folder(root, n):
 
 @pytest.fixture(scope="session")
 def toy_world(tmp_path_factory):
-    """A folder: toy.safetensors, a base model of random weights; city, eight toy scenes in
-    Cityscapes' folders."""
+    """A folder: toy.safetensors, a base model of random weights; day, eight toy scenes in
+    Cityscapes' folders, and as many to validate. As --root it is a small toy world."""
     folder, preset = tmp_path_factory.mktemp("world"), PRESETS["toy"]
     torch.manual_seed(0)
     save_base(folder / "toy.safetensors", dict(
         unet=UNet(preset.unet), vae=VAE(preset.vae), text=TextEncoder(**preset.text),
         judge=UperNet(19, **JUDGE), segmenter=UperNet(19, **preset.segmenter),
         domain=Classifier(5)), token_ids=range(200))
-    write_city(folder / "city", 8)
-    write_city(folder / "city", 4, "val")
+    write_city(folder / "day", 8)
+    write_city(folder / "day", 8, "val")
     return folder
 
 
@@ -226,7 +226,7 @@ def toy_world(tmp_path_factory):
 def flags(toy_world):
     """Flags of a training that takes seconds."""
     return [str(f) for f in (
-        "--data", "cityscapes", "--root", toy_world / "city", "--preset", "toy",
+        "--data", "cityscapes", "--root", toy_world / "day", "--preset", "toy",
         "--sd", toy_world / "toy.safetensors", "--device", "cpu", "--batch", 2, "--steps", 8,
         "--ddim-steps", 2, "--unroll", 1, "--ramp", "1:3", "--lazy", 1, "--d-start", 1,
         "--lambda-adv", 1, "--lr", 1e-3, "--save-every", 2, "--sample-every", 3, "--eval", 0)]
@@ -238,6 +238,8 @@ def flags(toy_world):
 @pytest.fixture(scope="module")
 def golden():
     """Outputs of independent implementations, and the inputs and weights that belong to them."""
+    if not (SHARED / "golden").is_dir():
+        pytest.skip("the folder ../shared is not there")
     sys.path.insert(0, str(SHARED / "golden"))
     import fill
     outputs = np.load(SHARED / "golden" / "small.npz")
@@ -258,7 +260,6 @@ def filled(module, golden, prefix):
 SMALL = UNetConfig(model_channels=32, context_dim=64)
 
 
-@needs_shared
 @torch.no_grad()
 def test_golden_unet(golden):
     x = golden.draw("unet.x", (3, 4, 16, 24))
@@ -276,7 +277,6 @@ def test_golden_unet(golden):
     assert golden.agrees("unet.eps_with_control", unet(x, t, context, drawn))
 
 
-@needs_shared
 @torch.no_grad()
 def test_golden_vae(golden):
     vae = filled(VAE(VAEConfig(ch=32)), golden, "first_stage_model.")
@@ -288,7 +288,6 @@ def test_golden_vae(golden):
     assert torch.equal(vae.encode(image), mean * 0.18215)
 
 
-@needs_shared
 @torch.no_grad()
 def test_golden_text(golden):
     """From Hugging Face's tensors; the ids are CLIP's, padded with END as SD pads them."""
@@ -304,7 +303,6 @@ def test_golden_text(golden):
     assert relative(text.pooled(ids), hidden[np.arange(len(ids)), end]) < 1e-4
 
 
-@needs_shared
 @torch.no_grad()
 def test_golden_segmenter(golden):
     segmenter = filled(UperNet(20, layers=(1, 1, 2, 1)), golden, "segmenter.segmenter.")
@@ -312,7 +310,6 @@ def test_golden_segmenter(golden):
     assert golden.agrees("seg.logits", segmenter(image))
 
 
-@needs_shared
 def test_golden_ddim(golden):
     schedule = Schedule()
     x = golden.draw("ddim.x", (1, 4, 8, 8))
@@ -655,21 +652,7 @@ def test_tokens_and_what_is_cut():
     long = " ".join(["car"] * 80)
     assert text.tokenize([long])[0, -1] == 49407
     assert text.cut(long).split() == ["car"] * 5 and text.cut("a car") == ""
-
-
-def test_a_long_caption_is_shortened_so_that_the_prompt_around_it_survives():
-    text = TextEncoder(32, 1, 2)
-    caption = "a street " + "with cars " * 50
-    fitted, was_shortened = text.fit("{caption}, night scene", caption)
-    assert was_shortened and fitted.endswith(", night scene") and text.cut(fitted) == ""
-    assert fitted.startswith("a street with cars") and len(aldm.tokens_of(fitted)) >= 74
-    assert text.fit("{caption}, night scene", "a car") == ("a car, night scene", False)
-    assert text.fit("night", caption) == ("night", False)
-
-
-def test_a_word_of_60000_letters_is_cut_before_it_is_tokenised():
-    """Merging its byte pairs would take quadratic time: 31 s."""
-    assert aldm.tokens_of("x" * 60_000 + " car") == aldm.tokens_of("x" * 300 + " car")
+    assert aldm.tokens_of("x" * 60_000 + " car") == aldm.tokens_of("x" * 300 + " car")  # not 31 s
 
 
 @torch.no_grad()
@@ -773,23 +756,6 @@ def readers(path):
 
 
 # the published forms: names and shapes of real files
-
-
-def test_full_size_names_load_strictly(monkeypatch):
-    names = shared_names("sd15_format.json")
-    skipped = ("betas", "alphas_cumprod", "model_ema.decay",
-               SD_PREFIX["text"] + "embeddings.position_ids")
-    with torch.device("meta"):
-        nets = dict(unet=UNet(), vae=VAE(), text=TextEncoder(), control=ControlNet(),
-                    segmenter=UperNet(20))
-        tensors = {n: torch.empty(shape) for part in nets for n, shape in names[part].items()}
-        tensors |= {n: torch.empty(7) for n in skipped}
-    assert len(tensors) == 686 + 248 + 196 + 334 + 1064 + len(skipped)
-    monkeypatch.setattr(weight_files, "read_file", lambda path: (tensors, {}))  # (5 GB on disk)
-    parts = load_weights("sd.safetensors")
-    assert set(parts) == set(nets)
-    for part, net in nets.items():
-        load_into(net, parts[part], part)
 
 
 @pytest.mark.parametrize("differs, outputs, dataset", [
@@ -1041,10 +1007,9 @@ def test_ade20k_segmenter_starts_every_class_from_its_nearest(tmp_path, key):
 def test_classes_start_from_a_segmenter_by_their_names(tmp_path, names, ours, theirs, rows):
     toy, judge = class_table("toy"), tiny_segmenter(ours)
     state = random_state(tiny_segmenter(theirs))
-    (tmp_path / "classes.txt").write_text("\n".join(names or toy.names))
+    classes = write_classes(tmp_path, "\n".join(names or toy.names))
     before = judge.decoder.conv_last[1].weight.detach().clone()
-    meta = {"names": list(toy.names), "normalize": True}
-    load_segmenter(state, judge, class_table(tmp_path), meta)
+    load_segmenter(state, judge, classes, {"names": list(toy.names), "normalize": True})
     assert judge.normalize
     for i, row in enumerate(judge.decoder.conv_last[1].weight):
         assert torch.equal(row, state[WEIGHT][rows[i]] if i in rows else before[i])
@@ -1098,6 +1063,14 @@ def test_adapter_round_trip(tmp_path, kind, hint):
     assert same(read_adapter(path.parent)[1]["adapter"], state)  # from the checkpoint
 
 
+def test_older_metadata(tmp_path):
+    meta = adapter_meta("t2i", "color")
+    new_keys = ("hint_colors", "normalize", "step", "dataset")
+    older = {key: value for key, value in meta.items() if key not in new_keys}
+    aldm.save_tensors(tmp_path / "a.safetensors", {"body.0.block2.bias": ZEROS}, older)
+    assert read_adapter(tmp_path / "a.safetensors")[0] == {**older, **dict.fromkeys(new_keys)}
+
+
 @pytest.mark.parametrize("key, value", [
     ("adapter", "gligen"), ("preset", ["toy"]), ("names", None), ("names", [5] * 19),
     ("names", ["x"] * 256), ("palette", None), ("palette", [[128, 64, 128]] * 18),
@@ -1113,12 +1086,6 @@ def test_metadata_that_lies(tmp_path, key, value):
     torch.save(content, checkpoint)
     for file in (path, checkpoint):
         refuses(lambda: read_adapter(file), str(file), f"metadata says {key} {value!r:.60}")
-
-
-def test_segmenters_need_names(tmp_path):
-    path = tmp_path / "segmenter.safetensors"
-    aldm.save_tensors(path, {"segmenter.x": ZEROS}, {"format": "aldm-segmenter", "preset": "toy"})
-    refuses(lambda: load_segmenter([path], None, class_table("toy")), str(path), "names None")
 
 
 def test_toy_base_file(tmp_path):
@@ -1141,8 +1108,7 @@ def test_toy_base_file(tmp_path):
     assert parts["segmenter"]["encoder.bn1.num_batches_tracked"] == 70000
 
 
-@pytest.mark.parametrize("value, dtype", [
-    (1e5, torch.float16), (float("inf"), None), (float("nan"), torch.bfloat16)])
+@pytest.mark.parametrize("value, dtype", [(1e5, torch.float16), (float("nan"), None)])
 def test_an_export_that_overflows_is_not_written(tmp_path, value, dtype):
     """The last good file stays."""
     model, path = tiny_model("t2i"), tmp_path / "adapter.safetensors"
@@ -1164,8 +1130,6 @@ def test_file_of_class_embeddings(tmp_path):
     torch.save(table, path)
     found = load_class_embeddings(path, classes, text)
     assert torch.equal(found, torch.cat([table, void]))
-    refuses(lambda: load_class_embeddings(path, class_table("ade20k"), text),
-            "[19, 64], but ade20k needs [150, 64]")
     torch.save(void + 1, tmp_path / "null_embedding.pth")
     found = load_class_embeddings(path, classes, text)
     assert torch.equal(found, torch.cat([table, void + 1]))
@@ -1221,8 +1185,7 @@ def test_base_model_that_does_not_fit(tmp_path, tiny_preset, rest, changes, word
 def test_a_base_model_is_no_adapter(tmp_path):
     """FreestyleNet's own checkpoints have the same names."""
     path = write_weights(tiny_sd(), tmp_path / "freestyle.ckpt")
-    refuses(lambda: read_adapter(path), str(path), "no whole adapter", "FreestyleNet",
-            "--sd")
+    refuses(lambda: read_adapter(path), str(path), "no whole adapter", "FreestyleNet", "--sd")
 
 
 @pytest.mark.parametrize("change, word", [
@@ -1348,12 +1311,10 @@ def spells(marker):
     return {
         "os.system": Call(os.system, f"touch {marker}"),
         "eval": Call(eval, write),
-        "exec": Call(exec, write),
         "getattr": Call(Call(getattr, module, "system"), f"touch {marker}"),
         "a method": Call(Path.touch, Path(marker)),
         "inside a state": Call(SimpleNamespace, state={"x": Call(eval, write)}),
         "torch.load": Call(unsafe, str(plain)),
-        "numpy": Call(np.load, str(plain), None, True),
         "a process": Call(subprocess.run, ["touch", str(marker)]),
     }
 
@@ -1386,13 +1347,6 @@ def test_nothing_of_a_pickle_is_executed(tmp_path, tiny_preset, kind, monkeypatc
         assert marker.exists(), name
 
 
-def write_pickled(path, opcodes):
-    """A file of torch.save whose pickle is `opcodes`."""
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", opcodes)
-        archive.writestr("archive/version", "3\n")
-
-
 REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
 STATE = b"}(S'__defaults__'\n(NtS'__doc__'\nS'spoilt'\nu"
 
@@ -1414,7 +1368,9 @@ STATE = b"}(S'__defaults__'\n(NtS'__doc__'\nS'spoilt'\nu"
     b"P0\n.", b"I5\nQ."])  # persistent ids that are none
 def test_opcodes_leave_no_trace(tmp_path, monkeypatch, opcodes):
     monkeypatch.chdir(tmp_path)
-    write_pickled(tmp_path / "a.pt", opcodes)
+    with zipfile.ZipFile("a.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", opcodes)
+        archive.writestr("archive/version", "3\n")
     function = torch._utils._rebuild_tensor_v2
     before = function.__defaults__, function.__doc__, dict(vars(function))
     refuses(lambda: load_weights("a.pt"), "a.pt")
@@ -1505,8 +1461,7 @@ def test_base_model_is_looked_up_where_it_may_be(tmp_path, monkeypatch):
     cached, download = {}, mock.Mock(side_effect=OSError("offline\nsecond line"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(weight_files, "hf_hub_download", download)
-    monkeypatch.setattr(aldm, "try_to_load_from_cache",
-                        lambda repo, name: cached.get((repo, name)))
+    monkeypatch.setattr(aldm, "try_to_load_from_cache", lambda repo, name: cached.get((repo, name)))
     new = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     file = "v1-5-pruned-emaonly.safetensors"
     cached[new, "model_index.json"] = str(tmp_path / "model_index.json")  # and nothing but that
@@ -1677,14 +1632,6 @@ def test_layouts_that_are_refused(tmp_path, key, name, picture, words):
     refuses(lambda: read_layout(path, key), name, *words)
 
 
-def test_a_layout_from_memory_is_called_by_its_name():
-    file = io.BytesIO(as_png(blocks(7, 11)))
-    assert read_blocks(file, name="street_labelIds.png") == [0, 2]
-    assert read_blocks(file, name="street_labelTrainIds.png") == [7, 11]
-    assert read_blocks(file, name="street.png", coding="own") == [0, 2]
-    refuses_with(["the layout:"], read_layout, io.BytesIO(b"x"), "toy", name="the layout")
-
-
 def without_palette():
     """A palette PNG that lacks its PLTE chunk."""
     content = as_png(blocks(0, 1, palette=CITY))
@@ -1736,7 +1683,7 @@ def test_real_cityscapes_frame():
     assert np.abs(image.permute(1, 2, 0).numpy() - mean).mean() < 0.006
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
 def test_photos_are_turned_upright(tmp_path, suffix):
     exif = Image.Exif()
     exif[0x112] = 6  # the file's lower left is the upright top left
@@ -1823,17 +1770,6 @@ def test_colours_do_not_decide_the_coding_of_ids(tmp_path):
     assert "colours and train ids" in description
 
 
-def test_a_layout_is_described_in_one_line(tmp_path):
-    picture = np.full((50, 20), 7, np.uint8)
-    picture[:10] = 23
-    picture[10:13] = 0
-    layouts = data.Layouts(save(tmp_path / "street.png", picture), "cityscapes")
-    assert layouts.names == ["street"]
-    assert layouts.description.startswith(
-        f"{tmp_path}/street.png: labelIds; road 74 %, sky 20 %, void 6 %")
-    assert not layouts.only_void
-
-
 def test_classes_of_one_colour_are_named_where_it_occurs(tmp_path):
     palette = class_table("ade20k").palette
     both = "(140, 140, 140) is the colour of road and skyscraper"
@@ -1868,18 +1804,14 @@ def test_a_folder_with_its_own_list_is_read_by_names(tmp_path):
     assert "1 of 2 are broken and left out" in description
 
 
-@pytest.mark.parametrize("kinds, taken", [
-    (["color", "instanceIds", "labelIds", "labelTrainIds"], "labelIds"),
-    (["color", "instanceIds", "labelTrainIds"], "labelTrainIds"),
-    (["color", "instanceIds"], "color")])
-def test_of_a_citys_files_one_kind_is_taken(tmp_path, kinds, taken):
-    pictures = {"color": colorize(blocks(0, 2), "toy"), "labelIds": blocks(7, 11),
-                "labelTrainIds": blocks(0, 2), "instanceIds": blocks(26000, kind=np.uint16)}
-    for kind in kinds:
-        save(tmp_path / f"ulm_0_gtFine_{kind}.png", pictures[kind])
-    read, description = read_all(tmp_path, "cityscapes")
-    assert read == {"ulm_0": [0, 2]}
-    assert f"pictures with several files: read {taken}" in description
+def test_of_a_citys_files_one_kind_is_taken(tmp_path):
+    save(tmp_path / "ulm_0_gtFine_instanceIds.png", blocks(26000, kind=np.uint16))
+    for kind, picture in (("color", colorize(blocks(0, 2), "toy")),
+                          ("labelTrainIds", blocks(0, 2)), ("labelIds", blocks(7, 11))):
+        save(tmp_path / f"ulm_0_gtFine_{kind}.png", picture)
+        read, description = read_all(tmp_path, "cityscapes")
+        assert read == {"ulm_0": [0, 2]}
+        assert f"pictures with several files: read {kind}" in description
 
 
 def test_unreadable_layouts_are_reported_together(tmp_path):
@@ -2070,26 +2002,22 @@ def test_the_toy_world_is_whole_or_not_there(tmp_path, small_toy, monkeypatch):
     assert len(open_dataset("toy", tmp_path)) == 3
 
 
-def run_toy_world(*argv, **options):
-    command = [sys.executable, HERE / "tools/toy_world.py", *argv]
-    return subprocess.run(command, capture_output=True, text=True, **options)
-
-
 def test_show_writes_a_picture_or_one_line(tmp_path):
     picture = tmp_path / "world.png"
-    assert run_toy_world("--show", picture).stderr == ""
-    assert data.open_image(picture).size == (8 * 128, 6 * 128)
-    shown = picture.read_bytes()
 
     def fill_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
-    for argv, options in ((["--show", tmp_path / "no/world.png"], {}), ([], {}),
-                          (["--show", picture], {"preexec_fn": fill_disk})):
-        done = run_toy_world(*argv, **options)
-        assert done.returncode == 2
+    def show(*argv, **options):
+        return subprocess.run([sys.executable, HERE / "tools/toy_world.py", *argv], text=True,
+                              capture_output=True, **options)
+    assert show("--show", picture).stderr == ""
+    assert data.open_image(picture).size == (8 * 128, 6 * 128)
+    shown = picture.read_bytes()
+    for done in (show("--show", tmp_path / "no/world.png"), show(),
+                 show("--show", picture, preexec_fn=fill_disk)):
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
         assert done.stderr.startswith("toy_world.py: ")
-        assert done.stderr.count("\n") == 1
     assert files(tmp_path) == ["world.png"]
     assert picture.read_bytes() == shown
 
@@ -2177,14 +2105,6 @@ def test_folders_of_data_sets(tmp_path, monkeypatch, key, split, contents, names
         refuses_with(["own/images/test"], data.Pairs, key, "own", "test")
 
 
-@pytest.mark.parametrize("suffix", ["webp", "bmp", "tif", "JPEG"])
-def test_photos_of_many_forms(tmp_path, suffix):
-    root = own_folder(tmp_path, 1, (f"images/{{}}.{suffix}", "labels/{}.png"))
-    image, label = data.Pairs(root, size=32).full(0)
-    assert image.shape == (3, 32, 48)
-    assert abs(float(image[0, :, 40].mean()) - (4 * 47 / 127.5 - 1)) < 0.1
-
-
 def test_two_files_of_one_name(tmp_path):
     root = own_folder(tmp_path, 2)
     save(root / "images/p1.jpg", np.zeros((40, 56, 3), np.uint8))
@@ -2193,26 +2113,19 @@ def test_two_files_of_one_name(tmp_path):
     refuses_with(["p1.tif", "p1.png"], data.Layouts, root, root)
 
 
-def test_a_name_may_end_like_a_kind_of_label(tmp_path):
+@pytest.mark.parametrize("image, label", [
+    ("p0_color", "p0_color"),  # it ends like a kind of label
+    ("stra\u00dfe_e\u0301", "stra\u00dfe_\u00e9")])  # two Unicode forms of one name
+def test_odd_names(tmp_path, image, label):
     root = own_folder(tmp_path, 2)
-    for kind in ("images", "labels"):
-        (root / kind / "p1.png").rename(root / kind / "p0_color.png")
-    (root / "captions.json").write_text('{"p0_color.png": "a beach"}')
+    (root / "images/p1.png").rename(root / f"images/{image}.png")
+    (root / "labels/p1.png").rename(root / f"labels/{label}.png")
+    (root / "captions.json").write_text(json.dumps({f"{image}.png": "a beach"}))
     pairs = data.Pairs(root, size=32)
-    assert pairs.names == ["p0", "p0_color"]
-    assert pairs.captions == {"p0_color": "a beach"}
-
-
-def test_names_in_two_unicode_forms_are_the_same(tmp_path):
-    root = own_folder(tmp_path, 1)
-    composed = "stra\u00dfe_\u00e9"
-    decomposed = "stra\u00dfe_e\u0301"
-    (root / "images/p0.png").rename(root / f"images/{decomposed}.png")
-    (root / "labels/p0.png").rename(root / f"labels/{composed}.png")
-    (root / "captions.json").write_text(json.dumps({decomposed: "a beach"}))
-    pairs = data.Pairs(root, size=32)
-    assert pairs.captions == {composed: "a beach"}
-    assert data.Layouts(root, root).caption(composed) == "a beach"
+    assert pairs.names == ["p0", label]
+    assert pairs.captions == {label: "a beach"}
+    if image != label:  # alone, p0_color is a colour layout of p0
+        assert data.Layouts(root, root).caption(label) == "a beach"
 
 
 @pytest.mark.parametrize("split", ["**x", "no/../../x", "a" * 300])
@@ -2361,39 +2274,12 @@ def test_atomic_files_are_whole_or_as_they_were(tmp_path):
     assert path.read_text() == "new"
 
 
-def test_leftovers_of_any_process_are_removed(tmp_path):
-    with data.atomic(tmp_path / "a.bin") as temporary:
-        temporary.write_bytes(b"half")
-        half = temporary.with_name(temporary.name.replace(str(os.getpid()), "1"))
-        shutil.copy(temporary, half)
-        temporary.write_bytes(b"whole")
-    assert half.exists()
-    data.remove_leftovers(tmp_path)
-    assert files(tmp_path) == ["a.bin"]
-
-
-def test_png_options_reach_the_file(tmp_path):
-    text = PngImagePlugin.PngInfo()
-    text.add_text("parameters", "seed 5")
-    data.write_png(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8), pnginfo=text)
-    assert Image.open(tmp_path / "a.png").info["parameters"] == "seed 5"
-    refuses_with(["no/a.png"], data.check_target, tmp_path / "no/a.png")
-
-
 # -- the model, one image --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def toy_model():
     return sample.load_model()
-
-
-@pytest.fixture(scope="session")
-def toy_root(tmp_path_factory):
-    """--root of a small toy world: a val split of eight scenes."""
-    root = tmp_path_factory.mktemp("toy")
-    write_city(root / "day", 8, "val")
-    return root
 
 
 @pytest.fixture
@@ -2407,13 +2293,18 @@ def cli(tmp_path, monkeypatch, capsys):
 LAYOUT = HERE / "assets" / "layout_1.png"
 
 
+def shake(model):
+    """Move the adapter a little off its start."""
+    for p in model.adapter.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+
+
 def save_changed_adapter(path, kind="controlnet", hint="classes", dataset="toy", classes=None):
     """-> the toy's model with an adapter a little off its start, whose file is `path`."""
     torch.manual_seed(0)
     classes = classes or class_table(dataset)
     model = ALDM(PRESETS["toy"], *load_frozen("toy")[:3], classes, kind, hint)
-    for p in model.adapter.parameters():
-        p.data = p + 0.02 * torch.randn_like(p)
+    shake(model)
     save_adapter(path, model, adapter_meta(kind, hint) | dict(
         dataset=dataset, names=classes.names, palette=classes.palette, file_ids=classes.file_ids,
         void=classes.void))
@@ -2601,16 +2492,13 @@ def test_curves(tmp_path):
     assert y[x == x.min()].max() < 10 and y[x == x.max()].min() > 65 and np.ptp(x) > 300
 
 
-@pytest.mark.parametrize("text", [None, "", "step,falls\n", "step,a\nx,y\n"])
-def test_no_curves_of_a_log_without_losses(text, tmp_path):
-    if text is not None:
-        (tmp_path / "log.csv").write_text(text)
-    charts.draw_curves(tmp_path / "log.csv", tmp_path / "curves.png")
-    assert not (tmp_path / "curves.png").exists()
-
-
 def test_curves_of_a_log_that_was_edited(tmp_path):
-    log = tmp_path / "log.csv"
+    log, picture = tmp_path / "log.csv", tmp_path / "curves.png"
+    charts.draw_curves(log, picture)  # there is none
+    for text in ("", "step,falls\n", "step,a\nx,y\n"):
+        log.write_text(text)
+        charts.draw_curves(log, picture)
+    assert not picture.exists()
     log.write_text("step,noise\n1,0.5\nwhat is this?\n2,0.25,3,4\n3,oops\n4,0.125\n")
     assert charts.read_curves(log)["noise"].tolist() == [[1, 0.5], [4, 0.125]]
 
@@ -2652,31 +2540,25 @@ def test_images_become_a_data_set(cli, tmp_path, make_flags):
 
 
 def test_a_data_set_is_continued(cli, tmp_path, make_flags):
-    """What is missing comes back the same, also without shards; what exists is not touched."""
+    """What is missing comes back the same, also without shards; what exists, or what another shard
+    is writing, is not touched."""
     cli(*make_flags, "--shard", "1/2")
     cli(*make_flags, "--shard", "0/2")
     images = tmp_path / "made" / "images"
     before = pictures(images)
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "made").glob("*/*.png")}
     (images / "street1_0_0.png").unlink()
-    (images / ".123_half.part").write_text("left by a killed process")
-    assert "1 new images" in cli(*make_flags)[1]
+    growing = images / ".1_half.part"
+    growing.write_text("half")
+    lock = os.open(tmp_path / "made", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    assert "1 new images" in cli(*make_flags)[1] and growing.exists()
+    os.close(lock)
+    assert cli(*make_flags)[0] == 0 and not growing.exists()
     assert sum(p.stat().st_mtime_ns != time for p, time in times.items()) == 2
     after = pictures(images)
     assert before.keys() == after.keys()
     assert all(alike(before[name], after[name]) for name in before)
-    assert not list(images.glob(".*"))
-
-
-def test_what_another_shard_is_writing_stays(cli, tmp_path, make_flags):
-    cli(*make_flags)
-    growing = tmp_path / "made" / "images" / ".1_half.part"
-    growing.write_text("half")
-    lock = os.open(tmp_path / "made", os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_SH)
-    assert cli(*make_flags)[0] == 0 and growing.exists()
-    os.close(lock)
-    assert cli(*make_flags)[0] == 0 and not growing.exists()
 
 
 @pytest.mark.parametrize("flags, word", [
@@ -2728,13 +2610,6 @@ def test_layouts_in_folders_become_flat_names(cli, tmp_path):
     save(tmp_path / "in/a_x.png", Image.open(LAYOUT))
     code, out, err = cli(*flags, "other")
     assert code == 2 and "a/x and a_x" in err and not (tmp_path / "other").exists()
-
-
-def test_a_split_is_made_into_a_data_set(cli, tmp_path, toy_root):
-    code, out, err = cli("--layouts", "val", "--root", toy_root, "--limit", 2, "--steps", 1)
-    assert code == 0 and "split val: train ids" in err
-    assert list(pictures(tmp_path / "samples" / "images")) == ["toy_10000000_0_0.png",
-                                                               "toy_10000001_0_0.png"]
 
 
 # -- evaluation: formulas, against known cases and NumPy -------------------------------------------
@@ -2938,9 +2813,9 @@ def test_clip_scores_captions_and_edits(red_world):
     assert result["editability_of"] == {"p": 1, "q": 0} and result["editability"] == 0.6
 
 
-def test_drawing_what_is_judged(toy_model, toy_root, tmp_path):
+def test_drawing_what_is_judged(toy_model, toy_world, tmp_path):
     """n samples of the first layouts, one of the others; each from its own seed and prompt."""
-    dataset = open_dataset("toy", toy_root, "val")
+    dataset = open_dataset("toy", toy_world, "val")
     sample.draw_judged(toy_model, dataset, tmp_path, 3, n=2, diverse=1, edits=dataset.edits,
                        seed=4, batch=2, steps=1)
     names = ["toy_10000000", "toy_10000001", "toy_10000002"]
@@ -2963,8 +2838,8 @@ def test_drawing_what_is_judged(toy_model, toy_root, tmp_path):
     assert find_samples(tmp_path).keys() == set(names)
 
 
-def test_prompts_are_used_in_turn(toy_model, toy_root):
-    dataset = open_dataset("toy", toy_root, "val")
+def test_prompts_are_used_in_turn(toy_model, toy_world):
+    dataset = open_dataset("toy", toy_world, "val")
     edits = sample.edit_in_turn(toy_model, dataset, ["{caption}, at dusk", "snow, {caption}"], 3)
     assert edits["targets"] == ["at dusk", "snow"]
     captions = [dataset.captions[name] for name in dataset.names[:3]]
@@ -2973,8 +2848,8 @@ def test_prompts_are_used_in_turn(toy_model, toy_root):
         [f"{captions[2]}, at dusk", "at dusk"]]
 
 
-def test_evaluate_writes_figures_and_images(cli, tmp_path, toy_root, monkeypatch):
-    evaluate = ["--evaluate", "--root", toy_root, "--limit", 4, "--steps", 1, "--cfg", 1]
+def test_evaluate_writes_figures_and_images(cli, tmp_path, toy_world, monkeypatch):
+    evaluate = ["--evaluate", "--root", toy_world, "--limit", 4, "--steps", 1, "--cfg", 1]
     code, out, err = cli(*evaluate, "--json", "figures.json")
     result = json.loads((tmp_path / "figures.json").read_text(), parse_constant=pytest.fail)
     assert code == 0 and "mIoU" in out and result["IoU_real"]["train"] is None
@@ -2985,7 +2860,7 @@ def test_evaluate_writes_figures_and_images(cli, tmp_path, toy_root, monkeypatch
     assert result["step"] == 1000 and result["n"] == 2 and result["data"] == "toy"
 
     assert "has images already" in cli(*evaluate)[2]
-    again = ["--evaluate", "samples", "--data", "toy", "--root", toy_root]
+    again = ["--evaluate", "samples", "--data", "toy", "--root", toy_world]
     code, table, err = cli(*again)
     assert code == 0 and table.splitlines()[:-1] == out.splitlines()[:-1]
     same = json.loads((tmp_path / "samples" / "evaluation.json").read_text())
@@ -2998,8 +2873,8 @@ def test_evaluate_writes_figures_and_images(cli, tmp_path, toy_root, monkeypatch
     assert "mIoU" in out  # the figures are shown nevertheless
 
 
-def test_a_folder_without_real_images_needs_a_judge(cli, tmp_path, toy_root):
-    cli("--layouts", "val", "--root", toy_root, "--limit", 2, "--steps", 1, "--out", "made")
+def test_a_folder_without_real_images_needs_a_judge(cli, tmp_path, toy_world):
+    cli("--layouts", "val", "--root", toy_world, "--limit", 2, "--steps", 1, "--out", "made")
     code, out, err = cli("--evaluate", "made")
     assert code == 2 and "--judge" in err and "without --data there are no real images" in err
     save_judge(tmp_path / "judge.safetensors", class_table("toy").names)
@@ -3038,6 +2913,8 @@ def test_our_own_judge_has_the_size_and_the_classes_of_its_file(tmp_path):
     assert unjudged == () and torch.equal(found.decoder.conv_last[1].weight, last)
     save_judge(file, ("a",) * 19)
     refuses_with(["19 classes of toy"], judge.load_judge, [file], PRESETS["toy"], classes)
+    save_judge(file, None)
+    refuses_with([str(file), "names None"], judge.load_judge, [file], PRESETS["toy"], classes)
 
 
 def test_clip_is_used_where_it_is_at_hand(monkeypatch):
@@ -3060,8 +2937,7 @@ def test_clip_is_used_where_it_is_at_hand(monkeypatch):
 
 
 def test_ctrl_c_is_no_traceback(cli, monkeypatch):
-    stop = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
-    monkeypatch.setattr(sample, "generate", stop)
+    monkeypatch.setattr(sample, "generate", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     code, out, err = cli("--layout", LAYOUT)
     assert code == 130 and "Traceback" not in err
 
@@ -3074,31 +2950,17 @@ def test_memory_that_a_cpu_does_not_have_is_one_line(cli, monkeypatch, error):
     assert code == 1 and "out of memory" in err.splitlines()[-1] and "Traceback" not in err
 
 
-@pytest.mark.parametrize("streams", [">&- 2>&-", ">/dev/full 2>/dev/full", "2>&1 | true"])
-def test_closed_and_full_streams_cost_nothing(streams, tmp_path):
-    """Whoever does not listen loses no file, and the exit code is that of the work."""
-    script = tmp_path / "work.py"
-    script.write_text(
-        "import sys\nfrom tools.command import guard_streams\nguard_streams()\n"
-        "for stream in (sys.stdout, sys.stderr):\n    print('straße ' * 9999, file=stream)\n"
-        "open('file', 'w').write('whole')\n")
-    line = f"set -o pipefail; {sys.executable} {script} {streams}"
-    env = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(["bash", "-c", line], env=env, cwd=tmp_path, capture_output=True)
-    assert done.returncode == 0 and (tmp_path / "file").read_text() == "whole"
-    assert b"Traceback" not in done.stderr
-
-
-def test_the_command_as_it_is_started(tmp_path):
-    """Without docstrings, without streams, from another folder."""
-    line = f"{sys.executable} -OO {HERE / 'sample.py'} --layout {LAYOUT} --steps 1 >&- 2>/dev/full"
-    assert subprocess.run(["bash", "-c", line], cwd=tmp_path).returncode == 0
-    assert len(files(tmp_path / "samples")) == 2
+@pytest.mark.parametrize("streams", [">&- 2>/dev/full", "2>&1 | true"])
+def test_the_command_as_it_is_started(streams, tmp_path):
+    """From another folder. Whoever does not listen loses no file, and the exit code is that of the
+    work."""
+    line = f"{sys.executable} {HERE / 'sample.py'} --layout {LAYOUT} --steps 1 {streams}"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], cwd=tmp_path)
+    assert done.returncode == 0 and len(files(tmp_path / "samples")) == 2
 
 
 @pytest.fixture
 def bad_inputs(tmp_path):
-    """Files that are not what they should be."""
     for name in ("ok", "whole/a", "own/labels/val/a", "empty folder/a"):
         save(tmp_path / f"{name}.png", np.zeros((64, 64), np.uint8))
     save(tmp_path / "own/images/val/a.png", np.zeros((64, 64, 3), np.uint8))
@@ -3127,8 +2989,8 @@ def bad_inputs(tmp_path):
     ("--layout ok.png --class-embeddings text.png", "text.png"),
     ("--layout ok.png --data ade20k", "150"),
     ("--evaluate --judge ADAPTER --root ROOT", "toy_aldm.safetensors")])
-def test_bad_input_to_sample_is_one_line(flags, word, cli, tmp_path, bad_inputs, toy_root):
-    argv = flags.replace("ADAPTER", str(sample.ADAPTER)).replace("ROOT", str(toy_root)).split()
+def test_bad_input_to_sample_is_one_line(flags, word, cli, tmp_path, bad_inputs, toy_world):
+    argv = flags.replace("ADAPTER", str(sample.ADAPTER)).replace("ROOT", str(toy_world)).split()
     code, out, err = cli(*argv)
     last = err.splitlines()[-1]
     assert code == 2 and last.startswith("sample.py: ") and word in last, err
@@ -3476,7 +3338,7 @@ def one_thread(monkeypatch):
 def test_a_killed_run_ends_as_if_it_had_not_been_killed(flags, train_cli, tmp_path, monkeypatch,
                                                         one_thread):
     whole, out = tmp_path / "whole", tmp_path / "parts"
-    assert train_cli("--out", whole, "--eval", 4)[0] == 0  # judging does not disturb the run
+    assert train_cli("--out", whole, "--eval", 2)[0] == 0  # judging does not disturb the run
 
     run_ = start(*flags, "--out", out, "--resume")  # there is nothing to resume
     until(run_, lambda: rows(out) == 2 and leftovers(out) != [])
@@ -3501,11 +3363,11 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(flags, train_cli, tmp_pa
         assert rows(out) == saved_steps(out)[-1] == step
         assert read_adapter(out / "adapter.safetensors")[0]["step"] == step
     (out / "before.json").write_text((whole / "before.json").read_text())
-    assert train_cli("--out", out, "--resume", "--eval", 4)[0] == 0
+    assert train_cli("--out", out, "--resume", "--eval", 2)[0] == 0
     same_folder(whole, out)
 
     content = {p: p.read_bytes() for p in out.iterdir()}
-    code, _, err = train_cli("--out", out, "--resume", "--eval", 4)
+    code, _, err = train_cli("--out", out, "--resume", "--eval", 2)
     assert code == 0 and "finished already" in err
     assert content == {p: p.read_bytes() for p in out.iterdir()}
 
@@ -3525,7 +3387,7 @@ def same_folder(whole, out):
     """Two runs of 8 steps have left the same files, bit for bit."""
     judged = [json.loads((folder / "judged.json").read_text()) for folder in (whole, out)]
     assert judged[0].pop("seconds") > 0 and judged[1].pop("seconds") > 0
-    assert judged[0]["before"]["layouts"] == 4 and judged[0]["step"] == 8
+    assert judged[0]["before"]["layouts"] == 2 and judged[0]["step"] == 8
     assert judged[0] == judged[1]
     assert (whole / "log.csv").read_text() == (out / "log.csv").read_text()
     assert rows(out) == 8 and leftovers(out) == []
@@ -3591,19 +3453,25 @@ def test_full_disk(train_cli, tmp_path):
 
 def test_what_users_take_is_restored_with_the_checkpoint(train_cli, tmp_path):
     """As after a kill between the checkpoint and the export, or when somebody deletes it."""
-    flags = ("--out", tmp_path, "--steps", 20, "--discriminator", "none", "--sample-every", 99)
+    flags = ("--out", tmp_path, "--steps", 10, "--save-every", 1, "--discriminator", "none",
+             "--sample-every", 99)
     assert train_cli(*flags)[0] == 0
-    for lost in ("adapter.safetensors", "adapter_0000020.safetensors"):
+    written = [name for name in files(tmp_path) if "adapter" in name]
+    assert written == ["adapter.safetensors", "adapter_0000010.safetensors"]
+    for lost in written:
         meta, parts = read_adapter(tmp_path / lost)
         (tmp_path / lost).unlink()
         assert train_cli(*flags, "--resume")[0] == 0
         again, restored = read_adapter(tmp_path / lost)
-        assert again == meta and meta["step"] == 20 and same(restored["adapter"], parts["adapter"])
+        assert again == meta and meta["step"] == 10
+        assert same(restored["adapter"], parts["adapter"])
+    saved = torch.load(tmp_path / "checkpoint_0000010.pt", weights_only=True)
+    assert saved.keys() == {"step", "meta", "flags", "adapter", "layout", "opt_g"}  # and no D
 
 
 def test_a_longer_run_is_judged_anew(train_cli, tmp_path):
     """A finished run made longer, and killed before its verdict: it is not "finished already"."""
-    flags = ("--out", tmp_path, "--eval", 4, "--no-before", "--discriminator", "none")
+    flags = ("--out", tmp_path, "--eval", 1, "--no-before", "--discriminator", "none")
     train_cli(*flags, "--steps", 1)
     verdict = (tmp_path / "judged.json").read_text()
     train_cli(*flags, "--steps", 2, "--resume")
@@ -3666,19 +3534,12 @@ def test_the_randomness_of_a_step_comes_from_its_number_the_seed_and_the_process
     assert len({*whole, *other, *draws("third", 4)}) == 12
 
 
-def test_keeps_the_last_checkpoints_and_every_tenth_adapter(tmp_path, monkeypatch):
+def test_keeps_the_last_checkpoints(tmp_path):
     (tmp_path / "checkpoint_best.pt").write_text("somebody's own")
     _, saved = little_run(tmp_path, 47, save_every=2, keep=3)
     assert saved_steps(tmp_path) == [44, 46, 47] and rows(tmp_path) == 47
     assert "checkpoint_best.pt" in files(tmp_path)
     assert saved == [*range(2, 47, 2), 47]
-    written = []
-    monkeypatch.setattr(train, "save_adapter", lambda path, *_: written.append(path.stem))
-    args = SimpleNamespace(out=".", save_every=2, adapter_dtype="fp16")
-    for step in saved:
-        train.export_adapter(args, None, {}, step)
-    assert set(written) == {"adapter", "adapter_0000020", "adapter_0000040"}
-    assert written.count("adapter") == 24
 
 
 FOURS = b"\0\0\x80\x40\0\0\x80\x40"  # the weights (4, 4)
@@ -3688,7 +3549,7 @@ DAMAGE = {
     "a flipped byte": lambda b: b.replace(FOURS, b"\0\0\x81\x40\0\0\x80\x40")}
 
 
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_checkpoint(damage, tmp_path, capsys):
     little_run(tmp_path)
     log = (tmp_path / "log.csv").read_text()
@@ -3716,7 +3577,7 @@ LIES = {  # checkpoints that are whole, but not what they say
     "other types": lambda c: c | {"layer": {"weight": torch.zeros(1, 2).long()}}}
 
 
-@pytest.mark.parametrize("lie", LIES.values(), ids=LIES.keys())
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
 def test_a_checkpoint_that_lies(lie, tmp_path, capsys):
     little_run(tmp_path)
     newest = tmp_path / "checkpoint_0000004.pt"
@@ -3769,22 +3630,6 @@ def test_steps_that_are_not_finite_stop_a_run(is_dropped, steps, why, last, save
     with pytest.raises(Stopped, match=f"{why} .* last good checkpoint"):
         little_run(tmp_path, steps, step=step, save_every=6)
     assert rows(tmp_path) == last and saved_steps(tmp_path) == saved
-
-
-def test_nothing_spoiled_is_saved_and_nothing_done_is_lost(tmp_path):
-    def stream(first):
-        yield from range(2)
-        raise InputError("images/a.png: a broken image")
-    with pytest.raises(Stopped, match="step 2: images/a.png"):
-        little_run(tmp_path / "b", 9, stream=stream, save_every=9)
-    assert saved_steps(tmp_path / "b") == [2]
-    layer = nn.Linear(2, 1)
-    with pytest.raises(Stopped, match="layer.*weight.*finite"):
-        with Run(run_args(tmp_path), {"layer": layer}, {}, ["dropped"]) as run:
-            for _ in run:
-                layer.weight.data += float("inf")
-                run.log({"dropped": torch.tensor(0.)})
-    assert saved_steps(tmp_path) == []
 
 
 def test_one_run_holds_a_folder(tmp_path):
@@ -3995,8 +3840,7 @@ def slow_step(model, D, batch, args, weight):
 def test_a_step_computes_what_the_paper_says(mode):
     """The fast step has the losses and gradients of the plain, slow one."""
     seen, (model, D, opt_g, opt_d, batch) = {}, make_trainee()
-    for p in model.adapter.parameters():
-        p.data += 0.02 * torch.randn_like(p)
+    shake(model)
     slow_model, slow_D = copy.deepcopy(model), copy.deepcopy(D)
     # At step 5 the ramp gives a quarter of lambda_adv, which is large, since an untrained D has
     # hardly a gradient to give.
@@ -4089,7 +3933,7 @@ def test_a_rank_without_the_rest_of_torchrun_is_one_line(train_cli, tmp_path, mo
 @pytest.fixture
 def city(toy_world):
     """Eight scenes in Cityscapes' folders, at some size."""
-    return functools.partial(open_dataset, "cityscapes", toy_world / "city", grid=4)
+    return functools.partial(open_dataset, "cityscapes", toy_world / "day", grid=4)
 
 
 def test_the_cache_changes_nothing_but_the_time(city, tmp_path):
@@ -4135,7 +3979,7 @@ def test_a_cache_is_made_once_and_serves_only_what_it_was_made_of(city, toy_worl
     with pytest.raises(InputError, match="choose another folder"):
         train.Cache(tmp_path, city(size=64), model)
     next(model.vae.parameters()).data /= 1.01
-    label = next((toy_world / "city").glob("gtFine/train/*/*"))
+    label = next((toy_world / "day").glob("gtFine/train/*/*"))
     content = label.read_bytes()
     save(label, np.zeros((64, 64), np.uint8))  # another label
     with pytest.raises(InputError, match="choose another folder"):
@@ -4183,8 +4027,7 @@ def test_recomputed_blocks_compute_the_same(adapter, mode):
     found = []
     for recompute in False, True:
         model, D, _, _, batch = make_trainee(adapter)
-        for p in model.adapter.parameters():
-            p.data += 0.01 * torch.randn_like(p)
+        shake(model)
         args = SimpleNamespace(device="cpu", compile=False, recompute=recompute)
         train.make_fast(model, D, args)
         args = setting(unroll_grad=mode)
@@ -4328,7 +4171,8 @@ def test_the_discriminators_schedule_is_the_official_one_cycle():
         rate, beta1 = train.one_cycle(args, 16 + 8 * update)
         assert rate == pytest.approx(official.get_last_lr()[0], rel=1e-3)
         assert beta1 == pytest.approx(opt.param_groups[0]["betas"][0], rel=1e-3)
-        opt.step(), official.step()
+        opt.step()
+        official.step()
     ends = [train.one_cycle(args, 0)[0], train.one_cycle(args, 16 + 8 * 120_000)[0]]
     args.d_cycle, args.steps = None, 16 + 8 * 1000  # the toy: the run's own updates
     last = train.one_cycle(args, args.steps)[0]
@@ -4387,32 +4231,18 @@ def test_what_a_run_starts_from_stands_in_its_files(train_cli, tmp_path):
 
 def test_a_resumed_run_tells_what_differs(train_cli, toy_world, tmp_path):
     """Flags and the number of images, but not where the data set lies."""
-    assert train_cli("--out", tmp_path / "run", "--steps", 1)[0] == 0
+    flags = ("--out", tmp_path / "run", "--discriminator", "none")
+    assert train_cli(*flags, "--steps", 1)[0] == 0
     moved = tmp_path / "moved"
-    shutil.copytree(toy_world / "city", moved)
+    shutil.copytree(toy_world / "day", moved)
     for file in (*moved.rglob("toy_00000003*"), moved / "captions_train.json"):
         file.unlink()
-    code, _, err = train_cli("--root", moved, "--steps", 2, "--out", tmp_path / "run", "--resume",
-                             "--lr", 1e-4, "--batch", 1, "--seed", 5)
+    code, _, err = train_cli(*flags, "--root", moved, "--steps", 2, "--resume", "--lr", 1e-4,
+                             "--batch", 1, "--seed", 5)
     told = [line for line in notes(err) if "the run was started with" in line]
     assert code == 0 and len(told) == 1
     for words in "seed 0, now 5", "batch 2, now 1", "lr 0.001, now 0.0001", "images 8, now 7":
         assert words in told[0]
-
-
-def test_no_discriminator_is_built_for_the_noise_loss_alone(train_cli, tmp_path):
-    assert train_cli("--discriminator", "none", "--steps", 1, "--out", tmp_path)[0] == 0
-    saved = torch.load(tmp_path / "checkpoint_0000001.pt", weights_only=True)
-    assert saved.keys() == {"step", "meta", "flags", "adapter", "layout", "opt_g"}
-    assert (tmp_path / "step_0000001.png").exists()
-
-
-def test_a_training_without_labels_is_refused(train_cli, toy_world, tmp_path):
-    shutil.copytree(toy_world / "city", tmp_path / "city")
-    for file in (tmp_path / "city").glob("gtFine/train/*/*"):
-        save(file, np.full((64, 64), 255, np.uint8))
-    code, _, err = train_cli("--root", tmp_path / "city", "--out", tmp_path / "out")
-    assert code == 2 and "void" in err and not (tmp_path / "out").exists()
 
 
 # -- half precision, and devices -------------------------------------------------------------------
@@ -4477,9 +4307,9 @@ def test_oft_is_built_on_a_unet_on_cuda():
 # -- own classes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", [["floor", "car"], [f"thing_{i}" for i in range(171)]])
-def test_own_classes_in_a_small_trial(names, toy_world, tmp_path):
+def test_own_classes_in_a_small_trial(toy_world, tmp_path):
     """--data FOLDER --preset toy: any number of own classes, by the commands that README names."""
+    names = ["floor", "car", *(f"thing_{i}" for i in range(169))]
     for i in range(2):
         label = np.random.default_rng(i).integers(0, len(names), (64, 64), np.uint8)
         save(tmp_path / f"labels/{i}.png", label)
@@ -4491,11 +4321,10 @@ def test_own_classes_in_a_small_trial(names, toy_world, tmp_path):
     assert "mIoU" not in out  # the toy's judges know none of these classes
     launch(sample, "--layout", tmp_path / "labels/0.png", "--adapter", run_, *base, "--steps", 2,
            "--out", tmp_path)
-    if "car" in names:  # a class that the toy knows starts from its row, the rest at random
-        saved = torch.load(run_ / "checkpoint_0000001.pt", weights_only=True)["discriminator"]
-        last = load_weights(toy_world / "toy.safetensors")["segmenter"]
-        row = last["decoder.conv_last.1.weight"][13].float()
-        assert torch.allclose(saved["decoder.conv_last.1.weight"][1], row, atol=1e-3)
+    saved = torch.load(run_ / "checkpoint_0000001.pt", weights_only=True)["discriminator"]
+    last = load_weights(toy_world / "toy.safetensors")["segmenter"]
+    car = last[WEIGHT][13].float()  # a class that the toy knows starts from its row
+    assert torch.allclose(saved[WEIGHT][1], car, atol=1e-3)
 
 
 # -- bad input -------------------------------------------------------------------------------------
@@ -4508,7 +4337,8 @@ BAD_TRAINING = [  # arguments, words of the one line that says so
     ("--t-max 300 --ddim-steps 25 --unroll 9", "--t-max 300", "--unroll 9"),
     ("--adapter oft --hint color", "--hint color", "oft"), ("--finetune", "--finetune", "piti"),
     ("--data nowhere", "nowhere", "toy, cityscapes"), ("--root NONE", "NONE", "leftImg8bit"),
-    ("--root UNPAIRED", "without a label"), ("--captions TEXT", "TEXT", "JSON"),
+    ("--root UNPAIRED", "without a label"), ("--root VOIDS", "void"),
+    ("--captions TEXT", "TEXT", "JSON"),
     ("--sd NONE", "NONE", "no such"), ("--sd ADAPTER", "ADAPTER"),
     ("--preset sd15 --size 64", "toy.safetensors"), ("--init TEXT", "TEXT"),
     ("--init ADAPTER --adapter t2i", "ADAPTER", "controlnet", "--adapter"),
@@ -4529,15 +4359,24 @@ BAD_TRAINING = [  # arguments, words of the one line that says so
 def bad_files(toy_world, flags, tmp_path_factory):
     """{WORD: path} of what the cases name."""
     folder = tmp_path_factory.mktemp("bad")
-    words = re.findall("[A-Z]{3,}", " ".join(argv for argv, *_ in BAD_TRAINING))
+    flags_of_all = " ".join(argv for argv, *_ in BAD_TRAINING + BAD_SEGMENTERS)
+    words = re.findall("[A-Z]{3,}", flags_of_all)
     at = {word: folder / word for word in words}
     for word in ("CACHE", "EVILRUN"):
         at[word].mkdir()
     at["TEXT"].write_text("not what you think")
     (at["CACHE"] / "cache.txt").write_text("others")
-    shutil.copytree(toy_world / "city", at["UNPAIRED"])
+    shutil.copytree(toy_world / "day", at["UNPAIRED"])
     next(at["UNPAIRED"].glob("gtFine/train/toy/*")).unlink()
-    write_folder(at["FOLDER"], 2)
+    for file in shutil.copytree(toy_world / "day", at["VOIDS"]).glob("gtFine/train/*/*"):
+        save(file, np.full((64, 64), 255, np.uint8))
+    for word in ("FOLDER", "OTHERS", "BLANK"):
+        write_folder(at[word], 2)
+    (at["OTHERS"] / "classes.txt").write_text("\n".join(f"thing {i}." for i in range(20)))
+    for path in at["BLANK"].glob("labels/train/*"):
+        save(path, np.full((64, 64), 255, np.uint8))
+    for kind in ("images", "labels"):
+        shutil.copytree(at["BLANK"] / kind / "train", at["BLANK"] / kind / "val")
     evil = {"step": 1, "x": Call(os.system, f"touch {folder}/executed")}
     torch.save(evil, at["EVILRUN"] / "checkpoint_0000002.pt")
     base = load_frozen("toy", toy_world / "toy.safetensors")[:3]
@@ -4586,7 +4425,7 @@ def test_a_folder_without_permission(train_cli, toy_world):
         try:
             if user == 0:
                 os.seteuid(65534)  # root may do anything: be nobody
-            found = [train_cli("--root", f"{folder}/world/city", "--out", f"{folder}/out", "--sd",
+            found = [train_cli("--root", f"{folder}/world/day", "--out", f"{folder}/out", "--sd",
                                f"{folder}/world/toy.safetensors", flag, closed)
                      for flag in ("--out", "--root", "--cache", "--sd")]
         finally:
@@ -4614,7 +4453,7 @@ def write_night(root, n):
 @pytest.fixture(scope="session")
 def small_segmenter(toy_world, tmp_path_factory):
     """A finished run of six steps, and its flags."""
-    flags = ["--data", "cityscapes", "--root", toy_world / "city", "--preset", "toy", "--device",
+    flags = ["--data", "cityscapes", "--root", toy_world / "day", "--preset", "toy", "--device",
              "cpu", "--steps", 6, "--batch", 4, "--save-every", 2, "--keep", 9]
     out = tmp_path_factory.mktemp("segmenter") / "run"
     launch(plain, *flags, "--out", out)
@@ -4636,7 +4475,7 @@ def test_domain_generalisation_from_end_to_end(toy_world, tmp_path):
         launch(sample, *model, "--adapter", run, "--steps", 2, "--layouts", "train", "--limit", 4,
                "--shard", f"{i}/2", "--prompts", "{caption}, night scene", "--out", night)
     printed = launch(plain, *real, "--preset", "toy", "--extra", night, "--mix", 0.25,
-                     "--steps", 60, "--batch", 4, "--test", "cityscapes", dark, "--out", out)
+                     "--steps", 40, "--batch", 4, "--test", "cityscapes", dark, "--out", out)
     results = json.loads((out / "segmenter.json").read_text())
     assert list(results) == ["cityscapes", dark] and "road" in printed
     assert results["cityscapes"]["mIoU"] > 0.1  # random: 0.03
@@ -4647,19 +4486,16 @@ def test_domain_generalisation_from_end_to_end(toy_world, tmp_path):
 
 def test_generated_images_are_mixed_in(tmp_path):
     """A share of each batch, equally from each folder; labels stay with their images."""
-    sets = []
-    for domain in ("day", "night", "fog"):
-        write_city(tmp_path / domain, 20, domain=domain)
+    sets, places = [], {}
+    for place, domain in enumerate(("day", "night", "fog")):
+        write_city(tmp_path / domain, 8, domain=domain)
         sets.append(open_dataset("cityscapes", tmp_path / domain, size=64, augment=False))
+        for item in map(sets[-1].__getitem__, range(8)):
+            places[item["image"].numpy().tobytes(), item["label"].numpy().tobytes()] = place
     args = SimpleNamespace(mix=0.5, batch=8, extra=["a", "b"], seed=0, workers=0, device="cpu")
     batch = next(plain.mixed_batches(args, sets[0], sets[1:], 0))
-    found = []
-    for image, label in zip(batch["image"], batch["label"]):
-        for place, dataset in enumerate(sets):
-            for i in range(20):
-                item = dataset[i]
-                if torch.equal(image, item["image"]) and torch.equal(label, item["label"]):
-                    found.append(place)
+    found = [places[image.numpy().tobytes(), label.numpy().tobytes()]
+             for image, label in zip(batch["image"], batch["label"])]
     assert found == [0, 0, 0, 0, 1, 1, 2, 2]
 
 
@@ -4703,34 +4539,20 @@ def test_two_processes_train_a_segmenter(small_segmenter, tmp_path):
 
 BAD_SEGMENTERS = [  # arguments, words of the one line that says so
     ("--lr -1", "--lr", "above 0"), ("--extra FOLDER --mix 1", "--mix 1", "batch of 4"),
-    ("--extra OTHERS", "OTHERS", "classes"), ("--extra VOIDS", "VOIDS", "void"),
-    ("--test VOIDS=VOIDS", "VOIDS", "void"), ("--data VOIDS --root VOIDS", "VOIDS", "void"),
+    ("--extra OTHERS", "OTHERS", "classes"), ("--extra BLANK", "BLANK", "void"),
+    ("--test BLANK=BLANK", "BLANK", "void"), ("--data BLANK --root BLANK", "BLANK", "void"),
     ("--segmenter NONE", "NONE"), ("--out RUN", "RUN", "--resume")]
 
 
-@pytest.fixture(scope="session")
-def bad_segmenter_files(small_segmenter, tmp_path_factory):
-    """{WORD: path} of what the cases name."""
-    at = {word: tmp_path_factory.mktemp("bad") / word for word in ("FOLDER", "OTHERS", "VOIDS")}
-    for folder in at.values():
-        write_folder(folder, 2)
-    (at["OTHERS"] / "classes.txt").write_text("\n".join(f"thing {i}." for i in range(20)))
-    for path in at["VOIDS"].glob("labels/train/*"):
-        save(path, np.full((64, 64), 255, np.uint8))
-    for kind in ("images", "labels"):
-        shutil.copytree(at["VOIDS"] / kind / "train", at["VOIDS"] / kind / "val")
-    return {**at, "RUN": small_segmenter[0], "NONE": at["FOLDER"] / "none"}
-
-
 @pytest.mark.parametrize("argv, words", [(argv, words) for argv, *words in BAD_SEGMENTERS])
-def test_bad_input_for_a_segmenter(argv, words, bad_segmenter_files, small_segmenter, capsys,
-                                   tmp_path):
-    _, flags = small_segmenter
-    argv = [*flags, "--out", tmp_path / "out", *put(argv, bad_segmenter_files).split()]
-    code, out, err = outcome(plain, capsys, *argv)
+def test_bad_input_for_a_segmenter(argv, words, bad_files, small_segmenter, capsys, tmp_path):
+    run, flags = small_segmenter
+    at = {**bad_files, "RUN": run}
+    code, out, err = outcome(plain, capsys, *flags, "--out", tmp_path / "out",
+                             *put(argv, at).split())
     last = err.splitlines()[-1]  # the lines above say what was read
     assert code == 2 and out == "" and last.startswith("segmenter.py: "), err
-    assert all(put(word, bad_segmenter_files) in last for word in words), err
+    assert all(put(word, at) in last for word in words), err
     assert files(tmp_path) == []
 
 
@@ -4891,7 +4713,6 @@ def step_tflop(name, flags=""):
 
 
 def test_each_saving_saves_operations():
-    """Of the official composition and ours, and of each flag of ours."""
     ours = step_tflop("ours")
     assert step_tflop("official") > ours > step_tflop("ours", "--judged 1") > 0
     assert ours > step_tflop("ours", "--cache")
@@ -4910,8 +4731,7 @@ def test_the_official_composition_trains_both_networks():
 
 
 def test_bench_prints_both_compositions(capsys):
-    out = launch(bench, "--size", 32, "--batch", 1, "--unroll", 1, "--device", "cpu", "--repeat",
-                 1)
+    out = launch(bench, "--size", 32, "--batch", 1, "--unroll", 1, "--device", "cpu", "--repeat", 1)
     rows = {line[:28].strip(): [*map(float, line[28:].split())] for line in out.splitlines()[2:]}
     assert len(rows) == 6
     for name in ("official", "ours"):
@@ -4942,8 +4762,8 @@ def test_attention_is_counted():
     """Two matrix products forwards, five backwards, in a CPU's fused kernel."""
     q = torch.randn(1, 2, 64, 16, requires_grad=True)
     k = torch.randn(1, 2, 32, 16, requires_grad=True)
-    run = lambda: F.scaled_dot_product_attention(q, k, k).sum().backward()
-    counted, _ = bench.count(run, SimpleNamespace(device="cpu"))
+    counted, _ = bench.count(lambda: F.scaled_dot_product_attention(q, k, k).sum().backward(),
+                             SimpleNamespace(device="cpu"))
     assert counted == pytest.approx(7 * 2 * 2 * 64 * 32 * 16 / 1e12)
 
 
@@ -4988,19 +4808,15 @@ def test_what_the_readme_names_is_there():
         assert (HERE / file).exists(), file
     for file in re.findall(r"\b(?:tools/)?\w+\.py\b", README):
         assert (HERE / file).exists() or f"tools/{file}" in README, file
-
-
-def test_every_file_of_code_is_in_the_readmes_tree():
-    for path in [*HERE.glob("*.py"), *HERE.glob("tools/*.py")]:
-        name = path.relative_to(HERE).as_posix()
-        assert name in README or name == "tools/__init__.py"
+    for path in [*HERE.glob("*.py"), *HERE.glob("tools/[!_]*.py")]:
+        assert path.relative_to(HERE).as_posix() in README
 
 
 def test_the_readme_commands(tmp_path, capsys, monkeypatch):
     """Every flag in a command of README is one that the script has; the first sample is drawn."""
     shell = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S)).replace("\\\n", " ")
     commands = [line.partition(" #")[0] for line in shell.splitlines()]
-    flags = {name: help_of(module, name, capsys) for name, module in SCRIPTS.items()}
+    flags = {name: outcome(module, capsys, "--help")[1] for name, module in SCRIPTS.items()}
     for command in commands:
         for script, rest in re.findall(r"([\w/]+\.py)(.*)", command):
             for flag in re.findall(r"(?<=\s)--[\w-]+", rest):
@@ -5015,13 +4831,7 @@ def test_the_readme_commands(tmp_path, capsys, monkeypatch):
 def test_commands_work_without_docstrings(name, capsys):
     """As with PYTHONOPTIMIZE=2."""
     with mock.patch.object(SCRIPTS[name], "__doc__", None):
-        assert "--help" in help_of(SCRIPTS[name], name, capsys)
-
-
-def help_of(module, name, capsys):
-    with mock.patch.object(sys, "argv", [name, "--help"]), pytest.raises(SystemExit):
-        module.main()
-    return capsys.readouterr().out
+        assert "--help" in outcome(SCRIPTS[name], capsys, "--help")[1]
 
 
 def test_the_readme_table_of_shapes():

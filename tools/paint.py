@@ -319,7 +319,10 @@ def serve():
         raise InputError(f"port {args.port}: {error.strerror}; choose another --port") from None
     print(f"paint a layout at http://{server.hosts[-1]} (Ctrl+C ends)", flush=True)
     with server:
-        server.serve_forever()
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            os._exit(130)  # requests may still be computing, in threads that cannot be stopped
 
 
 def main():

@@ -237,7 +237,7 @@ def discriminator_loss(real_logits, fake_logits, label, fake_weight):
     return real + fake_weight * fake, parts
 
 
-# -- segmentation and mIoU --------------------------------------------------------------------------
+# -- segmentation and mIoU -------------------------------------------------------------------------
 
 
 def segment(net, image, size):

@@ -92,7 +92,7 @@ def locate(path, advice="give its path"):
                          f"and {advice}") from None
 
 
-# -- files -> tensors -------------------------------------------------------------------------------
+# -- files -> tensors ------------------------------------------------------------------------------
 
 
 # A pickle can name any function. None of them is imported or called.
@@ -221,7 +221,7 @@ def list_weight_files(path):
     return components
 
 
-# -- tensors -> parts -------------------------------------------------------------------------------
+# -- tensors -> parts ------------------------------------------------------------------------------
 
 
 # Whether a file is what it claims to be is checked here, once.
@@ -373,7 +373,7 @@ def check_meta(path, meta):
     return meta
 
 
-# -- tensors -> files -------------------------------------------------------------------------------
+# -- tensors -> files ------------------------------------------------------------------------------
 
 
 def is_finite(t):

@@ -27,9 +27,8 @@ from PIL import Image
 
 from tools import toy_world
 from tools.caption_files import find_captions, read_captions
-from tools.files import (PICTURES, InputError, atomic, check_target, find_images,  # noqa: F401
-                         image_size, open_image, opened, read_image, read_text, refuse,
-                         remove_leftovers, report, try_all, write_png, write_text)
+from tools.files import (PICTURES, InputError, find_images, image_size, read_image, read_text,
+                         report, try_all)
 from tools.layout_files import (IGNORE, LAYOUTS, PUBLISHED, Survey, by_name, classes_of_ids,
                                 coding_of_name, decide_coding, read_values)
 

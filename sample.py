@@ -34,10 +34,11 @@ from tqdm import tqdm
 
 from aldm import (ALDM, PRESETS, load_class_embeddings, load_frozen, load_into, pick_device,
                   read_adapter)
-from data import (ASSETS, IGNORE, PICTURES, Classes, InputError, Layouts, check_target, class_table,
-                  classes_text, colorize, compose_caption, find_images, open_dataset, open_image,
-                  read_text, refuse, remove_leftovers, split_key, write_png, write_text)
+from data import (ASSETS, IGNORE, PICTURES, Classes, InputError, Layouts, class_table,
+                  classes_text, colorize, compose_caption, find_images, open_dataset, read_text,
+                  split_key)
 from tools.command import make_folder, number, utf8
+from tools.files import check_target, open_image, refuse, remove_leftovers, write_png, write_text
 from tools.judge import choose_judges, flat_names, judge_folder, load_picture, same_size, show
 from tools.pictures import grid
 from tools.run import note, run_command

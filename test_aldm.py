@@ -64,6 +64,7 @@ from data import class_table, colorize, IGNORE, InputError, open_dataset, read_l
 from discriminator import Classifier, discriminator_loss, UperNet
 from tools import (bench, judge, make_results, make_toy, paint, pictures as charts, run as runs,
                    segmenter as plain, toy_world as toy, weight_files)
+from tools.files import atomic, open_image, write_text
 from tools.judge import find_samples, judge_folder, Judges
 from tools.paint import BODY, find_wrong, PageHandler, painter
 from tools.run import Run, Stopped
@@ -2012,7 +2013,7 @@ def test_show_writes_a_picture_or_one_line(tmp_path):
         return subprocess.run([sys.executable, HERE / "tools/toy_world.py", *argv], text=True,
                               capture_output=True, **options)
     assert show("--show", picture).stderr == ""
-    assert data.open_image(picture).size == (8 * 128, 6 * 128)
+    assert open_image(picture).size == (8 * 128, 6 * 128)
     shown = picture.read_bytes()
     for done in (show("--show", tmp_path / "no/world.png"), show(),
                  show("--show", picture, preexec_fn=fill_disk)):
@@ -2264,13 +2265,13 @@ def test_workers_ignore_signals_and_a_killed_one_is_one_line(ten_scenes):
 
 def test_atomic_files_are_whole_or_as_they_were(tmp_path):
     path = tmp_path / f"{'n' * 240}.txt"
-    data.write_text(path, "old")
-    with pytest.raises(ZeroDivisionError), data.atomic(path) as temporary:
+    write_text(path, "old")
+    with pytest.raises(ZeroDivisionError), atomic(path) as temporary:
         temporary.write_text("half")
         raise ZeroDivisionError
     assert files(tmp_path) == [path.name]
     assert path.read_text() == "old"
-    data.write_text(path, "new")
+    write_text(path, "new")
     assert path.read_text() == "new"
 
 

@@ -32,11 +32,11 @@ from tqdm import tqdm
 from aldm import (ADAPTERS, ALDM, LAST, OFFICIAL, PRESETS, Schedule, load_class_embeddings,
                   load_frozen, load_into, load_segmenter, pick_device, read_adapter, save_adapter,
                   unrolled_adversarial_loss)
-from data import (ASSETS, IGNORE, InputError, batches, class_table, colorize, open_dataset, refuse,
-                  write_png, write_text)
+from data import ASSETS, IGNORE, InputError, batches, class_table, colorize, open_dataset
 from discriminator import Bottleneck, UperNet, confusion_matrix, discriminator_loss, mean_iou
 from sample import draw_judged, from_pixels, generate, to_pixels
 from tools.command import number
+from tools.files import refuse, write_png, write_text
 from tools.judge import judge_folder, toy_judges
 from tools.pictures import draw_curves, grid
 from tools.run import (Run, average, largest, note, rank, read_json, refuse_second_run, run_command,

@@ -39,10 +39,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from aldm import ADAPTERS, ALDM, PRESETS, TextEncoder, pick_device, unrolled_adversarial_loss
-from data import ASSETS, IGNORE, InputError, class_table, refuse
+from data import ASSETS, IGNORE, InputError, class_table
 from discriminator import UperNet, discriminator_loss
 from sample import generate
 from tools.command import number
+from tools.files import refuse
 from tools.run import Stopped, run_command
 from train import (SETTINGS, make_fast, noise_loss, optimizers, prepare, set_device, train_step,
                    whole)

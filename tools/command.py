@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from data import InputError
+from tools.files import InputError
 
 
 def number(low, high=math.inf, kind=float, exclusive=False):

@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from data import check_target, refuse, write_text
 from tools.command import number
+from tools.files import check_target, refuse, write_text
 from tools.run import Stopped, run_command
 from tools.toy_world import DOMAINS
 from train import FIGURES, SETTINGS, whole

@@ -27,10 +27,11 @@ from torch import nn
 from tqdm import tqdm
 
 from aldm import JUDGE, PRESETS, Schedule, TextEncoder, load_into, load_weights, save_base
-from data import IGNORE, class_table, colorize, refuse, write_png
+from data import IGNORE, class_table, colorize
 from discriminator import Classifier, UperNet
 from sample import from_pixels, generate, load_model
 from tools.command import number
+from tools.files import refuse, write_png
 from tools.judge import toy_judges
 from tools.make_results import call, end_at_signals
 from tools.pictures import grid

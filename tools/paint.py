@@ -30,10 +30,10 @@ import torch
 from PIL import Image
 
 from aldm import PRESETS, base_file, load_weights, pick_device
-from data import (ASSETS, IGNORE, InputError, class_table, open_dataset, opened, read_layout,
-                  refuse)
+from data import ASSETS, IGNORE, InputError, class_table, open_dataset, read_layout
 from sample import ADAPTER, from_pixels, generate, load_model, resize_nearest, to_pixels
 from tools.command import number
+from tools.files import opened, refuse
 from tools.judge import toy_judges
 from tools.make_toy import mark
 from tools.run import note, run_command

@@ -4,7 +4,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data import write_png
+from tools.files import write_png
 
 
 def grid(rows, titles=()):

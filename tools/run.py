@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from aldm import check_finite, pick_device
-from data import InputError, atomic, remove_leftovers, write_text
+from data import InputError
 from tools.command import guard_streams
+from tools.files import atomic, remove_leftovers, write_text
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

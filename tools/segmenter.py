@@ -31,9 +31,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from aldm import PRESETS, load_segmenter
-from data import IGNORE, InputError, batches, open_dataset, refuse, split_key, write_text
+from data import IGNORE, InputError, batches, open_dataset, split_key
 from discriminator import UperNet, confusion_matrix, mean_iou, segment
 from tools.command import number
+from tools.files import refuse, write_text
 from tools.run import (Run, average, note, rank, refuse_second_run, run_command, start_processes,
                        world)
 from tools.weight_files import save_tensors

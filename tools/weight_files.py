@@ -18,7 +18,8 @@ from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from data import ASSETS, IGNORE, InputError, atomic
+from data import ASSETS, IGNORE, InputError
+from tools.files import atomic
 
 PRESET_NAMES = "sd15", "toy"  # those of aldm.PRESETS
 HUB_FILE = re.compile(r"(\w[\w.-]*/\w[\w.-]*)/(.+\.(?:safetensors|ckpt|pth|pt|bin))")

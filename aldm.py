@@ -196,7 +196,7 @@ def class_hint(label, table, cell, average=False):
     """
     if not average:
         label = label[:, ::cell, ::cell]  # equals subsampling the map of embeddings, but cheaper
-    hint = table[label].permute(0, 3, 1, 2)  # (B, C, h, w)
+    hint = table[label].permute(0, 3, 1, 2).contiguous()  # (B, C, h, w)
     return F.avg_pool2d(hint, cell) if average else hint
 
 
@@ -378,6 +378,7 @@ class ALDM(nn.Module):
         context = text if torch.is_tensor(text) else self.text.encode(text)
         if torch.is_tensor(layout) and layout.dtype == torch.int64:
             layout = self.encode_layout(layout)
+        x_t = x_t.contiguous()  # after the VAE's channels_last a CPU would copy the UNet's weights
         return self.unet(x_t, t, **self.adapter.condition(x_t, t, context, layout)).float()
 
     @torch.no_grad()

@@ -4305,6 +4305,44 @@ def test_oft_is_built_on_a_unet_on_cuda():
         OFT.on(unet, 96, (64, 48, 32), 4)
 
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@needs_cuda
+@pytest.mark.parametrize("adapter", sorted(dict(ADAPTERS)))
+def test_cuda_gives_the_losses_and_gradients_of_a_cpu(adapter):
+    model, D, _, _, batch = make_trainee(adapter)
+    timesteps, start = model.schedule.ddim_timesteps(25), torch.tensor([3, 20])
+    noise, found = torch.randn(batch["x0"].shape), []
+    for device in "cpu", "cuda":
+        model.to(device), D.to(device)
+        on = {name: value.to(device) for name, value in batch.items()}
+        times, first = timesteps.to(device), start.to(device)
+        loss, x_t, eps, layout = train.noise_loss(model, on, times[first], noise.to(device))
+        adv, _ = unrolled_adversarial_loss(model, D, x_t, eps, first, times, on["label"],
+                                           on["context"], layout, 2, "each")
+        trained = [p for p in model.adapter.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(loss + adv, trained)
+        found.append((loss.item(), adv.item(), torch.nn.utils.get_total_norm(grads).item()))
+    assert found[0] == pytest.approx(found[1], rel=0.02)  # convolutions in TF32
+
+
+@needs_cuda
+@pytest.mark.parametrize("more", [
+    ["--precision", "fp32"], ["--recompute"], ["--compile"], ["--workers", "2"]])
+def test_cuda_trains_resumes_and_samples(more, flags, toy_world, tmp_path):
+    """bf16 by default; each saving beside it."""
+    run_, base = tmp_path / "run", ("--sd", toy_world / "toy.safetensors")
+    for steps in 2, 4:
+        launch(train, *flags, "--device", "cuda", *more, "--steps", steps, "--resume", "--out",
+               run_)
+    rows = [*csv.DictReader((run_ / "log.csv").read_text().splitlines())]
+    assert len(rows) == 4 and all(float(row["dropped"]) == 0 for row in rows)
+    launch(sample, "--adapter", run_, *base, "--layout", HERE / "assets/layout_1.png", "--prompt",
+           "a street", "--device", "cuda", "--steps", 2, "--out", tmp_path / "images")
+    assert "layout_1_0.png" in files(tmp_path / "images")
+
+
 # -- own classes -----------------------------------------------------------------------------------
 
 
@@ -4716,7 +4754,7 @@ def step_tflop(name, flags=""):
 def test_each_saving_saves_operations():
     ours = step_tflop("ours")
     assert step_tflop("official") > ours > step_tflop("ours", "--judged 1") > 0
-    assert ours > step_tflop("ours", "--cache")
+    assert ours > step_tflop("cached")
     assert ours < step_tflop("ours", "--recompute")
     each = step_tflop("ours", "--unroll-grad each")
     assert ours < each < step_tflop("ours", "--unroll-grad full")
@@ -4731,11 +4769,11 @@ def test_the_official_composition_trains_both_networks():
     assert changed == [True, True, False, False]
 
 
-def test_bench_prints_both_compositions(capsys):
+def test_bench_prints_all_compositions(capsys):
     out = launch(bench, "--size", 32, "--batch", 1, "--unroll", 1, "--device", "cpu", "--repeat", 1)
     rows = {line[:28].strip(): [*map(float, line[28:].split())] for line in out.splitlines()[2:]}
-    assert len(rows) == 6
-    for name in ("official", "ours"):
+    assert len(rows) == 9
+    for name in ("official", "ours", "cached"):
         noise, adversarial, period = (rows[f"{title}, {name}"] for title in (
             "noise step", "adversarial step", "period of 8 steps"))
         for column in (0, 1):  # TFLOP, ms
@@ -4772,6 +4810,12 @@ def test_bench_has_the_official_settings():
     args = bench.parse_args("--preset sd15 --device cpu".split())
     assert (args.size, args.batch, args.unroll, args.unroll_grad) == (512, 4, 9, "first")
     assert bench.parse_args("--preset sd15 --sample 512x1024 --device cpu".split()).batch == 1
+
+
+def test_bench_judges_where_a_mean_draw_does():
+    assert bench.mean_draw(9, 2) == [3, 7] and bench.mean_draw(9, 1) == [5]
+    assert bench.mean_draw(9, 4) == [2, 4, 6, 8]
+    assert bench.mean_draw(3, 9) == [1, 2, 3] and bench.mean_draw(0, 2) == []
 
 
 def test_what_a_lent_accelerator_is_asked(tmp_path):

@@ -66,7 +66,7 @@ CITYSCAPES = dict(
     ramp=(5000, 10_000),    # steps in which lambda_adv grows from 0
     lazy=8,                 # L_adv and D's update every n-th step
     unroll=9,               # K
-    judged=9,               # of the K further estimates, how many D sees at most
+    judged=2,               # of the K further estimates, how many D sees (official: all)
     unroll_grad="first",    # the estimates that carry gradient
     save_every=1000,
     sample_every=500)
@@ -76,7 +76,7 @@ ADE20K = CITYSCAPES | dict(
 TOY = dict(
     preset="toy", size=64, steps=250, batch=16, lr=5e-4, warmup=20, lr_d=1e-4, d_warmup=20,
     d_cycle=None, d_beta1=(0.9, 0.9), d_momentum=0.1, d_start=0, lambda_adv=1.0, fake_weight=0.01,
-    ramp=(0, 50), lazy=2, unroll=3, judged=9, unroll_grad="each", save_every=100,
+    ramp=(0, 50), lazy=2, unroll=9, judged=2, unroll_grad="each", save_every=100,
     sample_every=100)
 SETTINGS = {"toy": TOY, "cityscapes": CITYSCAPES, "ade20k": ADE20K, "coco": ADE20K}
 

@@ -1,14 +1,15 @@
 """Measure what a training step and an image cost, with random weights: no files are needed.
 
     python tools/bench.py                             the toy's step
-    python tools/bench.py --preset sd15 --size 256 --batch 1 --unroll 9
+    python tools/bench.py --preset sd15 --size 256 --batch 1
     python tools/bench.py --preset sd15 --sample 512x1024
     python tools/bench.py --preset sd15 --all         all of it on an accelerator, ten minutes
 
-A step is measured in two compositions on the same networks, in turn: the official one
-(`official_step`, whose docstring lists what ours saves), and ours (`train.train_step`). Operations
-are those of matrix products, convolutions and attention. Peak memory is that of a process of its
-own for each composition: on a CPU all of its memory, on CUDA its tensors.
+A step is measured in three compositions on the same networks, in turn: the official one
+(`official_step`, whose docstring lists what ours saves), ours (`train.train_step`), and "cached",
+ours with `train.py --cache`, which starts from latents and text states. Operations are those of
+matrix products, convolutions and attention. Peak memory is that of a process of its own for each
+composition: on a CPU all of its memory, on CUDA its tensors.
 """
 import os
 import signal
@@ -30,6 +31,7 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -38,6 +40,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+import train
 from aldm import ADAPTERS, ALDM, PRESETS, TextEncoder, pick_device, unrolled_adversarial_loss
 from data import ASSETS, IGNORE, InputError, class_table
 from discriminator import UperNet, discriminator_loss
@@ -59,14 +62,22 @@ PERIOD = f"period of {LAZY} steps"
 
 
 def our_step(networks, items, step, args):
-    """One iteration of train.py."""
-    train_step(*networks, [prepare(networks[0], items)], step, args)
+    """One iteration of train.py. The chain ends at the last judged step, so how long it is depends
+    on the draw; here the steps lie where those of a random draw lie on average."""
+    with mock.patch.object(train, "draw_judged_steps", mean_draw):
+        train_step(*networks, [prepare(networks[0], items)], step, args)
+
+
+def mean_draw(unroll, judged):
+    """The mean positions of `judged` steps drawn from 1..unroll, rounded: 3, 7 for 2 of 9."""
+    judged = min(judged, unroll)
+    return [round(j * (unroll + 1) / (judged + 1)) for j in range(1, judged + 1)]
 
 
 def official_step(networks, items, step, args):
     """One iteration as the official code composes it. Beside it, train.py saves:
 
-    - encoding images and captions anew at every step (--cache)
+    - encoding images and captions anew at every step ("cached")
     - a UNet pass of its own for D's fakes: ours are estimates that the adapter's step has judged
     - decoding and judging all K+1 estimates (--judged)
     - encoding the layout for every estimate: ours once per step
@@ -114,7 +125,7 @@ def official_discriminator_step(networks, batch, timesteps, args):
     discriminator.requires_grad_(False)
 
 
-COMPOSITIONS = {"official": official_step, "ours": our_step}
+COMPOSITIONS = {"official": official_step, "ours": our_step, "cached": our_step}
 
 
 def build_model(args):
@@ -127,7 +138,7 @@ def build_model(args):
 
 
 class Bench:
-    """Both compositions, on the same networks and the same batch of random images."""
+    """The compositions, on the same networks and the same batch of random images."""
 
     def __init__(self, args):
         self.args = set_device(args)
@@ -152,12 +163,11 @@ class Bench:
         image = torch.rand(args.batch, 3, args.size, args.size) * 2 - 1
         label = torch.randint(0, classes, shape)
         items = {"image": image, "caption": ["a street"] * args.batch, "label": label}
-        self.items = dict.fromkeys(COMPOSITIONS, items)
-        if args.cache:
-            with torch.no_grad():
-                moments = torch.cat(self.model.vae.moments(image.to(args.device)), dim=1)
-                context = self.model.text.encode(items["caption"])
-            self.items["ours"] = {"moments": moments, "context": context, "label": label}
+        with torch.no_grad():
+            moments = torch.cat(self.model.vae.moments(image.to(args.device)), dim=1)
+            context = self.model.text.encode(items["caption"])
+        cached = {"moments": moments, "context": context, "label": label}
+        self.items = {"official": items, "ours": items, "cached": cached}
 
         # Frozen weights of the UNet: all, and those behind the place where control enters.
         unet = self.model.unet
@@ -244,7 +254,7 @@ def in_new_process(function, *args):
 
 
 def measure_steps(args):
-    """Print the table of both compositions, which take turns."""
+    """Print the table of the compositions, which take turns."""
     names = [args.only] if args.only else list(COMPOSITIONS)
     counts = {name: in_new_process(count_steps, args, name) for name in names}
     bench = Bench(args)
@@ -265,7 +275,7 @@ def measure_steps(args):
             tera, seconds, gib = rows[name][title]
             line = (f"{title + ', ' + name:28}{tera:10.4g}{seconds * 1e3:11.1f}"
                     f"{tera / seconds:9.3g}{gib:10.2f}")
-            if name == "ours" and "official" in rows:
+            if name != "official" and "official" in rows:
                 line += f"{rows['official'][title][1] / seconds:9.2f}"
             print(line)
 
@@ -376,7 +386,6 @@ def parse_args(argv=None):
     add("--unroll", type=whole(0, 24), help="K")
     add("--judged", type=whole(1), help="of the K further estimates, how many our D sees")
     add("--unroll-grad", choices=["first", "each", "full"], help="our estimates with gradient")
-    add("--cache", action="store_true", help="ours starts from latents and text states")
     add("--recompute", action="store_true", help="ours computes blocks again, to save memory")
     add("--compile", action="store_true", help="ours compiles its blocks")
     add("--only", choices=list(COMPOSITIONS), help="measure one composition")

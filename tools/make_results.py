@@ -20,7 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
+import torch
 
+import train
+from aldm import unrolled_adversarial_loss
+from data import batches
 from tools.command import number
 from tools.files import check_target, refuse, write_text
 from tools.run import Stopped, run_command
@@ -29,50 +33,61 @@ from train import FIGURES, SETTINGS, whole
 
 # Adapters from which rows start, as START/NAME in their flags. One may start from another.
 STARTS = {
+    "piti": "--adapter piti --discriminator none --lr 1e-3 --steps 1500",
+    "freestyle": "--adapter freestyle --discriminator none --steps 1500",
     "t2i": "--adapter t2i --discriminator none --lr 1e-3 --steps 1500",
     "oft": "--adapter oft --discriminator none --lr 1e-3 --steps 1500",
 }
-NOISE = "--discriminator none --steps 800"  # takes as long as 250 steps of ALDM
+NOISE = "--discriminator none --steps 1000"  # takes as long as 250 steps of ALDM
+K3 = "--unroll 3 --judged 3"
+NOISE_K3 = "--discriminator none --steps 800"  # takes as long as 250 steps of ALDM with K3
 TABLES = {  # name -> title, {row: flags of train.py}
     "main": ("Noise loss and ALDM for the same time, both from the shipped ControlNet", {
         "noise loss": NOISE,
         "ALDM": ""}),
-    "long": ("Four times as long: does the noise loss catch up?", {
-        "noise loss": "--discriminator none --steps 3200",
-        "ALDM, a slower discriminator": "--steps 1000 --lr-d 5e-5",
-        "ALDM, the discriminator frozen": "--discriminator frozen --steps 1000"}),
     "k": ("Unrolled steps K, and how many of their estimates are judged", {
         "K = 0": "--unroll 0",
         "K = 3, 1 judged": "--unroll 3 --judged 1",
-        "K = 3, all judged (default)": "",
-        "K = 9, 1 judged": "--unroll 9 --judged 1",
-        "K = 9, 2 judged": "--unroll 9 --judged 2",
-        "K = 9, 4 judged": "--unroll 9 --judged 4",
-        "K = 9, all judged": "--unroll 9",
-        "K = 9, 2 judged, `first`": "--unroll 9 --judged 2 --unroll-grad first",
-        "K = 9, all judged, `first`": "--unroll 9 --unroll-grad first"}),
-    "gradient": ("Where the gradient flows in the unrolled steps", {
-        "`first`": "--unroll-grad first",
-        "`each` (default)": "",
-        "`full`": "--unroll-grad full"}),
+        "K = 3, all judged": K3,
+        "K = 9, 1 judged": "--judged 1",
+        "K = 9, 2 judged (default)": "",
+        "K = 9, 4 judged": "--judged 4",
+        "K = 9, all judged": "--judged 9"}),
+    "first": ("The same with the official gradient", {
+        "K = 9, 2 judged, `first`": "--unroll-grad first",
+        "K = 9, all judged, `first`": "--unroll-grad first --judged 9"}),
     "discriminator": ("The discriminator", {
         "trained (default)": "",
         "frozen": "--discriminator frozen",
         "none, the noise loss alone": NOISE}),
-    "adapters": ("The same with other adapters, from their own noise loss", {
-        "T2I-Adapter, the start": "START/t2i",
-        "T2I-Adapter, noise loss": f"--init START/t2i {NOISE}",
-        "T2I-Adapter, ALDM": "--init START/t2i",
-        "OFT, the start": "START/oft",
-        "OFT, noise loss": f"--init START/oft {NOISE}",
-        "OFT, ALDM": "--init START/oft"}),
-    "lambda": ("lambda_adv, and the weight of the fake term", {
-        "lambda 0.3": "--lambda-adv 0.3",
-        "lambda 1 (default)": "",
-        "lambda 2": "--lambda-adv 2",
-        "lambda 4": "--lambda-adv 4",
-        "fake weight 0.1": "--fake-weight 0.1",
-        "fake weight 0.001": "--fake-weight 0.001"}),
+    "comparison": ("The paper's comparison: strategies of adaptation, and ALDM on top", {
+        "PITI, its encoder alone": "START/piti",
+        "PITI, encoder and UNet": f"--init START/piti --finetune {NOISE_K3}",
+        "FreestyleNet": "START/freestyle",
+        "FreestyleNet, longer": f"--init START/freestyle {NOISE_K3}",
+        "T2I-Adapter": "START/t2i",
+        "T2I-Adapter, noise loss": f"--init START/t2i {NOISE_K3}",
+        "T2I-Adapter, ALDM": f"--init START/t2i {K3}",
+        "OFT": "START/oft",
+        "OFT, noise loss": f"--init START/oft {NOISE_K3}",
+        "OFT, ALDM": f"--init START/oft {K3}",
+        "ControlNet, noise loss": NOISE_K3,
+        "ControlNet, ALDM": K3}),
+    "long": ("Four times as long, K = 3: does the noise loss catch up?", {
+        "noise loss": "--discriminator none --steps 3200",
+        "ALDM, a slower discriminator": f"{K3} --steps 1000 --lr-d 5e-5",
+        "ALDM, the discriminator frozen": f"{K3} --discriminator frozen --steps 1000"}),
+    "gradient": ("Where the gradient flows in the unrolled steps, K = 3", {
+        "`first`": f"{K3} --unroll-grad first",
+        "`each`": K3,
+        "`full`": f"{K3} --unroll-grad full"}),
+    "lambda": ("lambda_adv, and the weight of the fake term, K = 3", {
+        "lambda 0.3": f"{K3} --lambda-adv 0.3",
+        "lambda 1 (default)": K3,
+        "lambda 2": f"{K3} --lambda-adv 2",
+        "lambda 4": f"{K3} --lambda-adv 4",
+        "fake weight 0.1": f"{K3} --fake-weight 0.1",
+        "fake weight 0.001": f"{K3} --fake-weight 0.001"}),
 }
 PROMPTS = ("a street at night", "a street in fog", "a street in snow", "a street in rain")
 
@@ -187,6 +202,56 @@ def generalisation(args):
     return "\n".join(lines) + "\n"
 
 
+def variance(args):
+    """-> how much the gradient of L_adv varies more if M of K = 9 estimates are judged, as a table.
+
+    Exact, at the start of the training and on 8 batches: the gradient is linear in what is judged,
+    so the mean over M estimates is that of a sample drawn without replacement from the K gradients
+    with one judged each.
+    """
+    K, count = 9, 8
+    choices = 1, 2, 4, K
+    lines = ["## How much judging M of 9 estimates adds to the variance of L_adv's gradient", "",
+             "| | relative to | " + " | ".join(f"M = {M}" for M in choices) + " |",
+             "|---|---|" + "---|" * len(choices)]
+    for mode in "each", "first":
+        out = str(args.runs / "variance")
+        settings = train.parse_args(["--unroll", str(K), "--unroll-grad", mode, "--out", out])
+        dataset = train.load_dataset(settings, "train")
+        model, discriminator, *_ = train.build(settings)
+        stream = batches(dataset, settings.batch, settings.seed)
+        gradients = torch.stack([each_gradient(model, discriminator, next(stream), settings)
+                                 for _ in range(count)])  # (count, K, weights)
+        full = gradients.mean(1)
+        within = gradients.var(1, unbiased=False).sum(1).mean()
+        added = [within / M * (K - M) / (K - 1) for M in choices]
+        for name, scale in ("its square", full.square().sum(1).mean()), (
+                "its variance over batches", full.var(0).sum()):
+            cells = " | ".join(f"{value / scale:.3f}" for value in added)
+            lines.append(f"| `{mode}` | {name} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def each_gradient(model, discriminator, items, args):
+    """-> [K,weights]: the gradient of L_adv where only step k = 1..K is judged, beside k = 0."""
+    batch = train.prepare(model, items)
+    timesteps = model.schedule.ddim_timesteps(args.ddim_steps)
+    start = torch.randint(args.unroll, args.starts_below, (args.batch,))
+    noise = torch.randn_like(batch["x0"])
+    _, x_t, eps, layout = train.noise_loss(model, batch, timesteps[start], noise)
+    rows = []
+    for k in range(1, args.unroll + 1):
+        loss, _ = unrolled_adversarial_loss(
+            model, discriminator, x_t, eps, start, timesteps, batch["label"], batch["context"],
+            layout, args.unroll, args.unroll_grad, [k])
+        grads = torch.autograd.grad(loss, list(model.adapter.parameters()), retain_graph=True)
+        rows.append(torch.cat([g.flatten() for g in grads]))
+    return torch.stack(rows)
+
+
+OTHERS = {"generalisation": generalisation, "variance": variance}
+
+
 # -- the command line ------------------------------------------------------------------------------
 
 
@@ -194,7 +259,7 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawTextHelpFormatter)
     p.error = refuse
-    p.add_argument("tables", nargs="+", choices=[*TABLES, "generalisation"])
+    p.add_argument("tables", nargs="+", choices=[*TABLES, *OTHERS])
     p.add_argument("--runs", type=Path, required=True, help="folder of the runs")
     p.add_argument("--out", type=Path, required=True, help="the Markdown file")
     p.add_argument("--seeds", type=whole(1), default=3, help="runs per row (3)")
@@ -213,7 +278,7 @@ def start():
     check_target(args.out)
     texts = []
     for name in args.tables:
-        texts.append(generalisation(args) if name == "generalisation" else table(name, args))
+        texts.append(OTHERS[name](args) if name in OTHERS else table(name, args))
     print("\n".join(texts))
     write_text(args.out, "\n".join(texts))
 

@@ -33,7 +33,7 @@ from sample import from_pixels, generate, load_model
 from tools.command import number
 from tools.files import refuse, write_png
 from tools.judge import toy_judges
-from tools.make_results import call, end_at_signals
+from tools.make_results import K3, call, end_at_signals
 from tools.pictures import grid
 from tools.run import Run, run_command
 from tools.toy_world import DOMAINS, SIDE, SPLITS, toy_scene
@@ -355,7 +355,7 @@ def make_adapters(args):
     """Train toy_controlnet.safetensors by the noise loss, and from it toy_aldm.safetensors."""
     start = Path(args.out) / "toy_controlnet.safetensors"
     run_train(args, "toy_controlnet", "none", "--discriminator none --lr 1e-3 --steps 1500")
-    run_train(args, "toy_aldm", str(start), "--steps 1000 --lr-d 5e-5")
+    run_train(args, "toy_aldm", str(start), f"{K3} --steps 1000 --lr-d 5e-5")
 
 
 def run_train(args, name, init, flags):

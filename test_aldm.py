@@ -502,8 +502,10 @@ def test_judging_some_estimates_is_unbiased(mode, M, chain):
     assert torch.isclose(torch.stack([loss for loss, *_ in found]).mean(), whole, rtol=1e-6)
     mean_gradient = torch.stack([grad for _, grad, _ in found]).mean()
     assert torch.isclose(mean_gradient, gradient, rtol=1e-5)
-    for judged, (_, _, images) in zip(choices, found):
+    for judged, (_, grad, images) in zip(choices, found):
         assert sorted(images) == [0, *judged]
+        single = [chain.loss_of(3, mode, [k])[1] for k in judged]  # linear: see make_results.py
+        assert torch.isclose(torch.stack(single).mean(), grad, rtol=1e-5)
     if M == 3:  # all of them: bit for bit
         assert found[0][0] == whole and found[0][1] == gradient
 
@@ -4687,6 +4689,17 @@ def test_rows_that_mean_the_same_share_a_run():
     assert name(f"--unroll {K} --judged {M}", 0) == name("", 0) == "default-seed-0"
     assert name(f"--unroll {K}1 --judged {M}", 2) == f"unroll-{K}1-seed-2"
     assert name("--init START/t2i --steps 800", 1) == "init-START-t2i-steps-800-seed-1"
+
+
+def test_the_variance_of_judging_some(flags, tmp_path):
+    """With all K = 2 judged there is none."""
+    small = shlex.join([*flags, "--unroll", "2", "--ddim-steps", "4", "--batch", "1"])
+    out = launch(make_results, "variance", "--runs", tmp_path, "--out", tmp_path / "table.md",
+                 f"--train-flags={small}")
+    rows = [line.split(" | ")[2:] for line in out.splitlines() if line.startswith("| `")]
+    assert len(rows) == 4
+    for one, both in rows:
+        assert float(one) > 0 == float(both.strip(" |"))
 
 
 def test_tables(tmp_path, monkeypatch):

@@ -203,37 +203,39 @@ def generalisation(args):
 
 
 def variance(args):
-    """-> how much the gradient of L_adv varies more if M of K = 9 estimates are judged, as a table.
+    """-> how much the gradient of L_adv varies more if M of K estimates are judged, as a table.
 
-    Exact, at the start of the training and on 8 batches: the gradient is linear in what is judged,
-    so the mean over M estimates is that of a sample drawn without replacement from the K gradients
-    with one judged each.
+    Exact, at the start of the training, on 8 batches: the gradient is linear in what is judged, so
+    with M steps it is the mean of M of the K gradients with one step each, drawn without
+    replacement.
     """
-    K, count = 9, 8
-    choices = 1, 2, 4, K
-    lines = ["## How much judging M of 9 estimates adds to the variance of L_adv's gradient", "",
-             "| | relative to | " + " | ".join(f"M = {M}" for M in choices) + " |",
-             "|---|---|" + "---|" * len(choices)]
+    rows = {}
     for mode in "each", "first":
-        out = str(args.runs / "variance")
-        settings = train.parse_args(["--unroll", str(K), "--unroll-grad", mode, "--out", out])
+        flags = ["--unroll-grad", mode, "--out", str(args.runs / "variance")]
+        settings = train.parse_args([*flags, *shlex.split(args.train_flags)])
         dataset = train.load_dataset(settings, "train")
         model, discriminator, *_ = train.build(settings)
         stream = batches(dataset, settings.batch, settings.seed)
-        gradients = torch.stack([each_gradient(model, discriminator, next(stream), settings)
-                                 for _ in range(count)])  # (count, K, weights)
-        full = gradients.mean(1)
-        within = gradients.var(1, unbiased=False).sum(1).mean()
-        added = [within / M * (K - M) / (K - 1) for M in choices]
-        for name, scale in ("its square", full.square().sum(1).mean()), (
-                "its variance over batches", full.var(0).sum()):
-            cells = " | ".join(f"{value / scale:.3f}" for value in added)
+        gradients = torch.stack([single_gradients(model, discriminator, next(stream), settings)
+                                 for _ in range(8)])  # (8, K, weights)
+        rows[mode] = gradients.mean(1), gradients.var(1, unbiased=False).sum(1).mean()
+    K = settings.unroll
+    choices = [M for M in (1, 2, 4, 9) if M <= K]
+    lines = [f"## What judging M of {K} estimates adds to the variance of L_adv's gradient", "",
+             "| | relative to | " + " | ".join(f"M = {M}" for M in choices) + " |",
+             "|---|---|" + "---|" * len(choices)]
+    for mode, (full, spread_of_one) in rows.items():
+        added = [spread_of_one / M * (K - M) / max(K - 1, 1) for M in choices]
+        scales = {"its square": full.square().sum(1).mean(),
+                  "its variance over batches": full.var(0).sum()}
+        for name, scale in scales.items():
+            cells = " | ".join(f"{value / scale:.3g}" for value in added)
             lines.append(f"| `{mode}` | {name} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
-def each_gradient(model, discriminator, items, args):
-    """-> [K,weights]: the gradient of L_adv where only step k = 1..K is judged, beside k = 0."""
+def single_gradients(model, discriminator, items, args):
+    """-> [K,weights]: the gradients of L_adv where, beside x0_hat(t), only step k = 1..K is judged."""
     batch = train.prepare(model, items)
     timesteps = model.schedule.ddim_timesteps(args.ddim_steps)
     start = torch.randint(args.unroll, args.starts_below, (args.batch,))

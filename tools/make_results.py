@@ -56,10 +56,6 @@ TABLES = {  # name -> title, {row: flags of train.py}
     "first": ("The same with the official gradient", {
         "K = 9, 2 judged, `first`": "--unroll-grad first",
         "K = 9, all judged, `first`": "--unroll-grad first --judged 9"}),
-    "discriminator": ("The discriminator", {
-        "trained (default)": "",
-        "frozen": "--discriminator frozen",
-        "none, the noise loss alone": NOISE}),
     "comparison": ("The paper's comparison: strategies of adaptation, and ALDM on top", {
         "PITI, its encoder alone": "START/piti",
         "PITI, encoder and UNet": f"--init START/piti --finetune {NOISE_K3}",
@@ -81,6 +77,10 @@ TABLES = {  # name -> title, {row: flags of train.py}
         "`first`": f"{K3} --unroll-grad first",
         "`each`": K3,
         "`full`": f"{K3} --unroll-grad full"}),
+    "discriminator": ("The discriminator, K = 3", {
+        "trained": K3,
+        "frozen": f"{K3} --discriminator frozen",
+        "none, the noise loss alone": NOISE_K3}),
     "lambda": ("lambda_adv, and the weight of the fake term, K = 3", {
         "lambda 0.3": f"{K3} --lambda-adv 0.3",
         "lambda 1 (default)": K3,

@@ -378,7 +378,8 @@ class ALDM(nn.Module):
         context = text if torch.is_tensor(text) else self.text.encode(text)
         if torch.is_tensor(layout) and layout.dtype == torch.int64:
             layout = self.encode_layout(layout)
-        x_t = x_t.contiguous()  # after the VAE's channels_last a CPU would copy the UNet's weights
+        # Not in the VAE's channels_last: on a CPU each convolution would copy its weights for that.
+        x_t = x_t.contiguous()
         return self.unet(x_t, t, **self.adapter.condition(x_t, t, context, layout)).float()
 
     @torch.no_grad()

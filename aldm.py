@@ -196,6 +196,7 @@ def class_hint(label, table, cell, average=False):
     """
     if not average:
         label = label[:, ::cell, ::cell]  # equals subsampling the map of embeddings, but cheaper
+    # Contiguous for the reason given in ALDM.eps.
     hint = table[label].permute(0, 3, 1, 2).contiguous()  # (B, C, h, w)
     return F.avg_pool2d(hint, cell) if average else hint
 

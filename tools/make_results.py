@@ -218,14 +218,14 @@ def variance(args):
         stream = batches(dataset, settings.batch, settings.seed)
         gradients = torch.stack([single_gradients(model, discriminator, next(stream), settings)
                                  for _ in range(8)])  # (8, K, weights)
-        rows[mode] = gradients.mean(1), gradients.var(1, unbiased=False).sum(1).mean()
+        rows[mode] = gradients.mean(1), gradients.var(1).sum(1).mean()
     K = settings.unroll
     choices = [M for M in (1, 2, 4, 9) if M <= K]
     lines = [f"## What judging M of {K} estimates adds to the variance of L_adv's gradient", "",
              "| | relative to | " + " | ".join(f"M = {M}" for M in choices) + " |",
              "|---|---|" + "---|" * len(choices)]
     for mode, (full, spread_of_one) in rows.items():
-        added = [spread_of_one / M * (K - M) / max(K - 1, 1) for M in choices]
+        added = [spread_of_one / M * (1 - M / K) for M in choices]
         scales = {"its square": full.square().sum(1).mean(),
                   "its variance over batches": full.var(0).sum()}
         for name, scale in scales.items():
@@ -235,7 +235,7 @@ def variance(args):
 
 
 def single_gradients(model, discriminator, items, args):
-    """-> [K,weights]: the gradients of L_adv where, beside x0_hat(t), only step k = 1..K is judged."""
+    """-> [K,weights]: the gradients of L_adv with one step k = 1..K judged beside x0_hat(t)."""
     batch = train.prepare(model, items)
     timesteps = model.schedule.ddim_timesteps(args.ddim_steps)
     start = torch.randint(args.unroll, args.starts_below, (args.batch,))

@@ -145,7 +145,7 @@ class TextEncoder(TextTransformer):
     def fit(self, template, caption):
         """Fill `caption` into a template such as "{caption}, night scene" -> text, was_shortened.
 
-        A long caption loses its last words, so that what stands around it is within the 75 tokens.
+        A long caption loses its last words, so that the rest of the template fits into 75 tokens.
         """
         text = template.replace("{caption}", caption)
         if "{caption}" not in template or len(tokens_of(text)) <= self.ROOM:
@@ -172,15 +172,15 @@ class TextEncoder(TextTransformer):
         return self(self.tokenize(texts))
 
     @torch.no_grad()
-    def class_table(self, names):
+    def class_embeddings(self, names):
         """N names -> [N+1,width]: embeddings of "A photo of {name}", and of "" for void pixels."""
         texts = [f"A photo of {name}" for name in names]
         return self.pooled(self.tokenize([*texts, ""]))
 
 
 def whiten(table):
-    """[N+1,C] -> the same embeddings, centred and pairwise equally far apart: all singular values
-    are made equal, except the one that centring makes 0."""
+    """[N+1,C] -> the same embeddings, centred and, if N <= C, pairwise equally far apart: all
+    singular values are made equal, except the one that centring makes 0."""
     centred = table.double() - table.double().mean(0)
     U, S, V = torch.linalg.svd(centred, full_matrices=False)
     U = U * (S > 1e-9 * S[0])
@@ -201,10 +201,10 @@ def class_hint(label, table, cell, average=False):
     return F.avg_pool2d(hint, cell) if average else hint
 
 
-def folded_class_hint(label, classes, cell, average=False):
+def folded_class_hint(label, rows, cell, average=False):
     """The same as class probabilities [B,N+1,H/cell,W/cell], which times the table [N+1,C] are the
-    map of embeddings; unet.HintBlock folds that product into its first convolution."""
-    onehot = torch.eye(classes, device=label.device)
+    map of embeddings; unet.HintBlock folds that product into its first convolution. rows: N+1"""
+    onehot = torch.eye(rows, device=label.device)
     return class_hint(label, onehot, cell, average)
 
 
@@ -352,7 +352,7 @@ class ALDM(nn.Module):
         self.text = text.requires_grad_(False).eval()
         self.schedule = Schedule()
         if table is None:
-            table = text.class_table(classes.names)
+            table = text.class_embeddings(classes.names)
             if preset.whiten:
                 table = whiten(table)
         hint = getattr(ADAPTERS[adapter], "hint", hint)  # a ControlNet takes either
@@ -421,6 +421,7 @@ def unrolled_adversarial_loss(model, discriminator, x_t, eps, start, timesteps, 
     x_t, eps    [B,4,h,w]: where the chain starts, and eps_theta there, as in the noise loss
     start       [B] int64: x_t's index in the ascending DDIM `timesteps` [S]; at least `unroll`
     label       [B,H,W] int64
+    context     the words, as for model.eps; layout: the result of model.encode_layout
     unroll      K
     grad        which estimates carry gradient (the three agree in value):
                 first   x0_hat(t) alone, its loss map scaled to the mean of all (official code)
@@ -458,8 +459,9 @@ def unrolled_adversarial_loss(model, discriminator, x_t, eps, start, timesteps, 
     mean = torch.stack([first, *weighted]).sum(0) / (unroll + 1)  # (B, H, W)
     if grad == "first":
         # As in the official code: the value stays the mean, the gradient is L_0's, at each pixel
-        # (mean / L_0 + 1 / (K+1)) dL_0.
-        mean = mean * first / first.detach().clamp(min=1e-12)
+        # (mean / L_0 + 1 / (K+1)) dL_0. Where L_0 is 0 to the last bit there is hardly a dL_0.
+        change = first - first.detach()  # 0, with L_0's gradient
+        mean = mean * (1 + change / first.detach().where(first > 0, 1))
     return per_valid_pixel(mean, label), images
 
 
@@ -608,7 +610,7 @@ def load_class_embeddings(path, classes, text):
     """An official .pth, [N,C] -> the class table [N+1,C]. Its last row, for void pixels, is read
     from null_embedding.pth beside the file, or else computed by the text encoder `text`."""
     path = locate(path)
-    void = text.class_table([]).cpu()  # (1, C)
+    void = text.class_embeddings([]).cpu()  # (1, C)
     table = read_table(path, classes.key, [len(classes.names), void.shape[1]])
     beside = path.with_name("null_embedding.pth")
     if beside.exists():
@@ -668,7 +670,7 @@ def load_segmenter(files, segmenter, classes, meta=None):
         raise InputError(f"{what}: {LAST[0]} is {list(state[LAST[0]].shape)}, expected "
                          f"{list(last[LAST[0]].shape)[1:]} per output; {SEGMENTERS}")
     rows = match_outputs(classes, len(last[LAST[1]]), tuple(names), outputs)
-    check_finite(state, what)
+    check_finite({name: state[name] for name in LAST}, what)
     load_into(segmenter, state | last, what)
     for name, t in last.items():
         t[list(rows)] = state[name][list(rows.values())].to(t)

@@ -359,7 +359,6 @@ class ControlNet(nn.Module):
     def __init__(self, cfg=UNetConfig(), hint_channels=768, hint_widths=(768, 512, 256),
                  halvings=3):
         super().__init__()
-        self.hint = "color" if hint_channels == 3 else "classes"
         self.time_embed = TimeEmbed(cfg.model_channels)
         self.input_blocks, self.middle_block, channels = encoder_half(cfg)
         self.input_hint_block = HintBlock(hint_channels, hint_widths, cfg.model_channels, halvings)
@@ -577,10 +576,11 @@ def rectify(label, token_class):
 
 
 class PITI(nn.Module):
-    """Encodes the layout into the space of the text, whose place it takes; the prompt is ignored.
+    """Encodes the layout into the space of the text, whose place it takes. So the prompt is
+    ignored, and guidance has no effect.
 
-    As in the paper training has two stages: first the encoder alone, then encoder and UNet together
-    (`train.py --finetune`, started with --init from the first).
+    As in PITI's paper, training has two stages: first the encoder alone, then encoder and UNet
+    together (`train.py --finetune`, started with --init from the first).
     """
     hint = "classes"
     GRID = 7, 11  # 77 tokens, as many as a text has

@@ -11,9 +11,7 @@ import os
 import signal
 
 if __name__ == "__main__":
-    # Ctrl-C during the slow imports below ends without a traceback; `main` handles it later.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    # Idle OpenMP threads sleep instead of spinning.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # see train.py
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import argparse
@@ -37,7 +35,7 @@ from aldm import (ALDM, PRESETS, load_class_embeddings, load_frozen, load_into, 
 from data import (ASSETS, IGNORE, PICTURES, Classes, InputError, Layouts, class_table,
                   classes_text, colorize, compose_caption, find_images, open_dataset, read_text,
                   split_key)
-from tools.command import make_folder, number, utf8
+from tools.command import make_folder, number, utf8, whole
 from tools.files import check_target, open_image, refuse, remove_leftovers, write_png, write_text
 from tools.judge import choose_judges, flat_names, judge_folder, load_picture, same_size, show
 from tools.pictures import grid
@@ -490,7 +488,7 @@ def draw_and_judge(args, model):
     judges = choose_judges(args, model.classes, model.preset)
     count = len(dataset.names[:args.limit])
     edits = dataset.edits if judges.classifier or judges.clip else None
-    if judges.clip and (args.prompts or not edits):
+    if args.prompts or (judges.clip and not edits):
         edits = edit_in_turn(model, dataset, args.prompts or EDITS, count)
     out = make_folder(args.out)
     if find_images(make_folder(out / "images"), PICTURES):
@@ -566,20 +564,20 @@ def parse_args(argv=None):
     add("--captions", metavar="FILE", help="JSON, {name: caption}")
     add("--skip-broken", action="store_true", help="leave out unreadable files")
     add("--split", default="val", help="for --evaluate (default: val)")
-    add("--limit", type=number(1, kind=int), help="use only the first layouts, so many")
+    add("--limit", type=whole(1), metavar="N", help="use only the first N layouts")
     add("--shard", type=shard, default=(0, 1), metavar="i/n", help="for --layouts in n processes: "
         "every n-th layout, from the i-th")
     add("--out", metavar="DIR", default="samples", help="folder of the images (default: samples)")
     add("--json", metavar="FILE", help="for --evaluate (default: evaluation.json with the images)")
-    add("--n", type=number(1, kind=int), help="images per layout (default: 1; --evaluate: 2)")
-    add("--seed", type=number(0, 2 ** 32 - 1, int), default=0, help="for --layout, of the first "
+    add("--n", type=whole(1), help="images per layout (default: 1; --evaluate: 2)")
+    add("--seed", type=whole(0, 2 ** 32 - 1), default=0, help="for --layout, of the first "
         "image; otherwise mixed with each image's name (default: 0)")
-    add("--steps", type=number(1, 1000, int), default=25, help="of DDIM (default: 25)")
+    add("--steps", type=whole(1, 1000), default=25, help="of DDIM (default: 25)")
     add("--cfg", type=number(0), help="guidance scale, 1 for none (toy: 5, sd15: 7.5)")
     add("--eta", type=number(0, 1), default=0.0, help="0: deterministic, 1: as noisy as DDPM")
-    add("--size", type=number(0, kind=int), help="shorter side in pixels (default: the training "
+    add("--size", type=whole(0), help="shorter side in pixels (default: the training "
         "size, or the file's own if smaller); 0: the file's own")
-    add("--batch", type=number(1, kind=int), default=8, help="images at a time (default: 8)")
+    add("--batch", type=whole(1), default=8, help="images at a time (default: 8)")
     add("--precision", choices=["bf16", "fp32"], help="default: bf16 on CUDA, fp32 on a CPU")
     add("--judge", nargs="+", metavar="FILE", help="the segmenter that judges: one of "
         "tools/segmenter.py, or mit-semseg's encoder and decoder")
@@ -639,7 +637,6 @@ def run():
 
 
 def main():
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     run_command("sample.py", run)
 
 

@@ -8,9 +8,7 @@ import os
 import signal
 
 if __name__ == "__main__":
-    # Until the training begins, signals end the program silently.
-    for which in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        signal.signal(which, lambda which, _: os._exit(128 + which))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of the slow imports below
     # Idle OpenMP threads sleep instead of spinning, which would slow down every other program.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
@@ -29,13 +27,13 @@ from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from aldm import (ADAPTERS, ALDM, LAST, OFFICIAL, PRESETS, Schedule, load_class_embeddings,
-                  load_frozen, load_into, load_segmenter, pick_device, read_adapter, save_adapter,
-                  unrolled_adversarial_loss)
+from aldm import (ADAPTERS, ALDM, OFFICIAL, PRESETS, Schedule, count_outputs,
+                  load_class_embeddings, load_frozen, load_into, load_segmenter, pick_device,
+                  read_adapter, save_adapter, unrolled_adversarial_loss)
 from data import ASSETS, IGNORE, InputError, batches, class_table, colorize, open_dataset
 from discriminator import Bottleneck, UperNet, confusion_matrix, discriminator_loss, mean_iou
 from sample import draw_judged, from_pixels, generate, to_pixels
-from tools.command import number
+from tools.command import number, whole
 from tools.files import refuse, write_png, write_text
 from tools.judge import judge_folder, toy_judges
 from tools.pictures import draw_curves, grid
@@ -45,9 +43,9 @@ from tools.weight_files import read_file, save_tensors
 from unet import ResBlock, SpatialTransformer
 from vae import ResnetBlock
 
-# The settings of each data set; a flag of the same name overrides one. Those of Cityscapes and
-# ADE20K are the official training's. A folder of one's own has Cityscapes', and --preset toy has
-# the toy's.
+# The settings of each data set. A flag of the same name, where there is one, overrides a setting.
+# Those of Cityscapes and ADE20K are the official training's. A folder of one's own has Cityscapes',
+# and --preset toy has the toy's.
 CITYSCAPES = dict(
     preset="sd15",          # size of the networks
     size=512,               # side of the crops, pixels
@@ -66,7 +64,7 @@ CITYSCAPES = dict(
     ramp=(5000, 10_000),    # steps in which lambda_adv grows from 0
     lazy=8,                 # L_adv and D's update every n-th step
     unroll=9,               # K
-    judged=2,               # of the K further estimates, how many D sees (official: all)
+    judged=1,               # of the K further estimates, how many D sees (official: all)
     unroll_grad="first",    # the estimates that carry gradient
     save_every=1000,
     sample_every=500)
@@ -165,8 +163,8 @@ def draw_judged_steps(unroll, judged):
 
 
 def pick_fakes(images, judged, shown):
-    """D's fakes: of each image one of the estimates that D has seen, such that it learns at every t
-    at which it judges.
+    """D's fakes: for each image one of its judged estimates, so that D learns at every t at which it
+    judges.
 
     images {k: [B,3,H,W]}, judged steps, shown [B] in 0..K (evenly drawn) -> [B,3,H,W]
     """
@@ -223,7 +221,7 @@ def autocast(args):
 
 
 def add_up(losses, parts, n):
-    """Add the n-th part of each value to `losses`, in place."""
+    """Add value / n to `losses[name]` for each value, in place."""
     for name, value in parts.items():
         losses[name] = losses.get(name, 0) + value.detach() / n
 
@@ -256,8 +254,8 @@ def set_rates(opt_g, opt_d, step, args):
 def one_cycle(args, step):
     """The discriminator's one-cycle schedule -> learning rate, beta1.
 
-    In --d-warmup of D's updates the rate rises from 1/10 of --lr-d to all of it, then falls to
-    1/1000 until update --d-cycle, by cosines; beta1 moves the opposite way.
+    During D's first --d-warmup updates the rate rises from 1/10 of --lr-d to all of it. Then it
+    falls to 1/1000 until update --d-cycle. Both by cosines; beta1 moves the opposite way.
     """
     high, low = args.d_beta1
     updates = max(step - args.d_start, 0) // args.lazy
@@ -286,7 +284,9 @@ def train(args):
     args.images, args.processes = len(dataset), world()
     model, discriminator, base, meta = build(args)
     meta["coding"] = dataset.coding
-    judges = toy_judges(base, model.device) if can_judge(model, base, args) else None
+    judges = None
+    if args.eval and rank() == 0:
+        judges = toy_judges(base, model.classes, model.device)
     shown = [dataset[i] for i in range(min(6, len(dataset)))]
     if args.cache:
         dataset = Cache(args.cache, dataset, model)
@@ -318,11 +318,11 @@ def train(args):
 COLUMNS = ["noise", "adv", "D_real", "D_fake", "D_caught", "D_mIoU", "dropped", "D_dropped"]
 
 
-def load_dataset(args, split, grid=None, augment=True):
+def load_dataset(args, split, augment=True):
     """A split of --data as the flags ask for it; see data.open_dataset."""
-    grid = grid or PRESETS[args.preset].vae.factor
-    return open_dataset(args.data, args.root, split, args.size, augment=augment, grid=grid,
-                        captions=args.captions, skip_broken=args.skip_broken, ids=args.ids)
+    return open_dataset(args.data, args.root, split, args.size, augment=augment,
+                        grid=PRESETS[args.preset].vae.factor, captions=args.captions,
+                        skip_broken=args.skip_broken, ids=args.ids)
 
 
 def build(args):
@@ -381,8 +381,8 @@ def build_discriminator(args, classes, start, init, base):
     elif "segmenter" in init:
         load_segmenter(init["segmenter"], discriminator, classes, start)
     elif "segmenter" in base:  # the toy's, or that of an official checkpoint
-        outputs = len(base["segmenter"][LAST[1]])
-        names = class_table(OFFICIAL.get(outputs, "toy")).names
+        outputs = count_outputs(base["segmenter"])
+        names = class_table(OFFICIAL.get(outputs, "toy")).names  # other numbers are refused
         load_segmenter(base["segmenter"], discriminator, classes, {"names": names})
     else:
         note("the discriminator starts from random weights; a pretrained one trains more stably: "
@@ -446,8 +446,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def export_adapter(args, model, meta, step):
-    """Write adapter.safetensors; at every tenth checkpoint also adapter_0010000, which stays. Files
-    of this step are kept."""
+    """Write adapter.safetensors; at every tenth checkpoint also adapter_0010000, which stays. Skips
+    files that were already written at this step."""
     if rank() > 0:
         return
     names = ["adapter"]
@@ -510,12 +510,6 @@ def paint(labels, classes):
 
 
 # -- before and after ------------------------------------------------------------------------------
-
-
-def can_judge(model, base, args):
-    """Whether the base file has judges of these classes, as the toy's has."""
-    is_toy = model.classes.names == class_table("toy").names
-    return "judge" in base and is_toy and args.eval > 0 and rank() == 0
 
 
 def judge(model, judges, args):
@@ -590,8 +584,9 @@ class Cache(torch.utils.data.Dataset):
     step needs neither image files nor the VAE's encoder nor the text encoder.
 
     Each file holds the latent's moments of the whole resized image and of its mirror image (fp16),
-    the labels, and the states of its captions. Random crops are cut from the latents, whose borders
-    have thus seen what lies beyond. Raises InputError if the folder is of other data or weights.
+    the labels, and the states of its captions; a composed caption is that of the whole image. Random
+    crops are cut from the latents, whose borders have thus seen what lies beyond. Raises InputError
+    if the folder is of other data or weights.
     """
 
     def __init__(self, folder, dataset, model):
@@ -657,12 +652,12 @@ class Cache(torch.utils.data.Dataset):
 
 # -- the command line ------------------------------------------------------------------------------
 
-whole = partial(number, kind=int)
-
 
 def interval(text):
-    """An argparse type: "A:B" -> (A, B), whole numbers"""
+    """An argparse type: "A:B" -> (A, B), whole numbers with 0 <= A <= B"""
     first, last = map(int, text.split(":"))
+    if not 0 <= first <= last:
+        raise ValueError
     return first, last
 
 
@@ -670,7 +665,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults, where there are any."""
 
     def _get_help_string(self, action):
-        has_default = action.default not in (None, False)
+        if isinstance(action.default, tuple):  # A:B
+            return f"{action.help} (default: {':'.join(map(str, action.default))})"
+        has_default = action.default not in (None, False, True)
         return super()._get_help_string(action) if has_default else action.help
 
 
@@ -721,13 +718,16 @@ def add_method_flags(add):
     add("--judged", type=whole(1), help="of the K further estimates, how many D sees, drawn anew "
         "each time; more than K: all")
     add("--unroll-grad", choices=["first", "each", "full"], help="estimates that carry gradient")
-    add("--ddim-steps", type=whole(1, 1000), default=25, help="of chain and pictures")
-    add("--t-max", type=whole(1, 1000), default=1000, help="chains start at a t below")
+    add("--ddim-steps", type=whole(1, 1000), default=25, help="of the unrolled chains' subset, "
+        "and of pictures")
+    add("--t-max", type=whole(1, 1000), default=1000, help="chains start below this "
+        "timestep")
     add("--lr", type=number(0, exclusive=True), help="the adapter's learning rate, AdamW")
     add("--warmup", type=whole(1), help="steps until --lr is reached")
     add("--lr-d", type=number(0, exclusive=True), help="D's maximum learning rate, AdamW")
-    add("--d-warmup", type=whole(1), help="D's updates until then")
-    add("--d-cycle", type=whole(1), help="D's updates until 1/1000 of it; by default the run's")
+    add("--d-warmup", type=whole(1), help="D's updates until its rate reaches --lr-d")
+    add("--d-cycle", type=whole(1), help="D's updates until its rate is down to 1/1000 of "
+        "--lr-d; for the toy by default all of the run's")
     add("--d-momentum", type=number(0, 1), help="momentum of D's batch norms")
     add("--d-start", type=whole(0), help="D is trained from this step on")
     add("--fake-weight", type=number(0), help="weight of the fake term in L_Dis")
@@ -753,7 +753,7 @@ def add_run_flags(add):
 
 
 def parse_args(argv=None):
-    """The flags, with the settings of --data where they are silent. Raises InputError."""
+    """The flags; the settings of --data are their defaults. Raises InputError."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.error = refuse
     first.add_argument("--data", default="toy")
@@ -764,12 +764,11 @@ def parse_args(argv=None):
     if given.preset == "toy":
         settings = TOY
     elif given.preset == "sd15" and key == "toy":
-        settings = CITYSCAPES
+        settings = CITYSCAPES | {"size": 64}
     parser = make_parser()
     parser.set_defaults(**settings)
     args = parser.parse_args(argv)
     if key == "toy":
-        args.out = args.out or "runs/" + args.data.replace(":", "-")
         is_default = args.adapter in (None, "controlnet") and args.hint != "color"
         if args.init is None and args.preset == "toy" and is_default:
             args.init = str(ASSETS / "toy_controlnet.safetensors")

@@ -15,8 +15,8 @@ import os
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # see train.py
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # see train.py
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import argparse
 import math
@@ -38,18 +38,17 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import train
 from aldm import ADAPTERS, ALDM, PRESETS, TextEncoder, pick_device, unrolled_adversarial_loss
 from data import ASSETS, IGNORE, InputError, class_table
 from discriminator import UperNet, discriminator_loss
 from sample import generate
-from tools.command import number
+from tools.command import number, whole
 from tools.files import refuse
 from tools.run import Stopped, run_command
-from train import (SETTINGS, make_fast, noise_loss, optimizers, prepare, set_device, train_step,
-                   whole)
+from train import SETTINGS, make_fast, noise_loss, optimizers, prepare, set_device, train_step
 from unet import OFT, ResBlock, SpatialTransformer, UNet
 from vae import VAE
 
@@ -209,24 +208,15 @@ def wait(args):
         torch.cuda.synchronize()
 
 
-def attention_flop(q, k, *others, **options):
-    """Q K^T and its product with V, from the shapes [B,heads,n,d] and [B,heads,m,d]."""
-    return 4 * math.prod(q) * k[2]
-
-
-def attention_backward_flop(grad, q, k, *others, **options):
-    """Q K^T again, and the gradients of Q, K, V and of the attention."""
-    return 10 * math.prod(q) * k[2]
-
-
-NOT_COUNTED = {  # by PyTorch: attention on a CPU
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flop,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flop}
+# PyTorch does not count attention on a CPU: count it like a GPU's.
+for name in "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward":
+    on_cpu = name.replace("attention", "attention_for_cpu")
+    flop_registry[getattr(torch.ops.aten, on_cpu)] = flop_registry[getattr(torch.ops.aten, name)]
 
 
 def count(run, args):
     """-> TFLOP of run(), and the peak memory in GiB."""
-    with FlopCounterMode(display=False, custom_mapping=NOT_COUNTED) as counter:
+    with FlopCounterMode(display=False) as counter:
         run()
     tera = counter.get_total_flops() / 1e12
     if args.device == "cpu":  # of the whole process
@@ -249,7 +239,7 @@ def in_new_process(function, *args):
         with ProcessPoolExecutor(1, context) as pool:
             return pool.submit(function, *args).result()
     except BrokenExecutor:
-        raise Stopped("a measuring process was killed, perhaps for want of memory; use a smaller "
+        raise Stopped("a measuring process was killed, perhaps for lack of memory; use a smaller "
                       "--size or --batch") from None
 
 

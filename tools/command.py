@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from tools.files import InputError
@@ -26,6 +27,9 @@ def number(low, high=math.inf, kind=float, exclusive=False):
             raise argparse.ArgumentTypeError(f"must be {wanted}, not {text!r}")
         return value
     return parse
+
+
+whole = partial(number, kind=int)
 
 
 def utf8(text):

@@ -11,7 +11,6 @@ import argparse
 import json
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,11 +24,11 @@ import torch
 import train
 from aldm import unrolled_adversarial_loss
 from data import batches
-from tools.command import number
+from tools.command import number, whole
 from tools.files import check_target, refuse, write_text
 from tools.run import Stopped, run_command
 from tools.toy_world import DOMAINS
-from train import FIGURES, SETTINGS, whole
+from train import FIGURES
 
 # Adapters from which rows start, as START/NAME in their flags. One may start from another.
 STARTS = {
@@ -54,6 +53,7 @@ TABLES = {  # name -> title, {row: flags of train.py}
         "K = 9, 4 judged": "--judged 4",
         "K = 9, all judged": "--judged 9"}),
     "first": ("The same with the official gradient", {
+        "K = 9, 1 judged, `first`": "--unroll-grad first --judged 1",
         "K = 9, 2 judged, `first`": "--unroll-grad first",
         "K = 9, all judged, `first`": "--unroll-grad first --judged 9"}),
     "comparison": ("The paper's comparison: strategies of adaptation, and ALDM on top", {
@@ -95,15 +95,9 @@ PROMPTS = ("a street at night", "a street in fog", "a street in snow", "a street
 # -- runs ------------------------------------------------------------------------------------------
 
 
-def end_at_signals():
-    """From now on signals raise SystemExit, so that `call` stops the command that it waits for."""
-    for which in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        signal.signal(which, lambda which, _: sys.exit(128 + which))
-
-
 def call(command):
-    """Run a command to its end. If this process is stopped, stop the command and wait until it has
-    saved. Raises Stopped if it fails."""
+    """Run a command to its end. If a signal ends this process, stop the command and wait until it
+    has saved. Raises Stopped if it fails."""
     print(shlex.join(command[1:]), flush=True)
     # In a session of its own: from a terminal, Ctrl-C would reach it twice.
     with subprocess.Popen(command, start_new_session=True) as process:
@@ -135,15 +129,8 @@ def finish_training(out, flags, args):
 
 
 def folder_name(flags, seed):
-    words = re.sub(r"[^\w.]+", "-", without_defaults(flags)).strip("-") or "default"
+    words = re.sub(r"[^\w.]+", "-", flags).strip("-") or "default"
     return f"{words}-seed-{seed}"
-
-
-def without_defaults(flags):
-    """Leave out "--name value" where it is the toy's default, so that equal rows share a run."""
-    for name, value in SETTINGS["toy"].items():
-        flags = re.sub(rf"--{name.replace('_', '-')} {re.escape(str(value))}(?!\S) ?", "", flags)
-    return flags
 
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -290,5 +277,4 @@ def main():
 
 
 if __name__ == "__main__":
-    end_at_signals()
     main()

@@ -30,14 +30,14 @@ from aldm import JUDGE, PRESETS, Schedule, TextEncoder, load_into, load_weights,
 from data import IGNORE, class_table, colorize
 from discriminator import Classifier, UperNet
 from sample import from_pixels, generate, load_model
-from tools.command import number
+from tools.command import number, whole
 from tools.files import refuse, write_png
 from tools.judge import toy_judges
-from tools.make_results import K3, call, end_at_signals
+from tools.make_results import K3, call
 from tools.pictures import grid
 from tools.run import Run, run_command
 from tools.toy_world import DOMAINS, SIDE, SPLITS, toy_scene
-from train import autocast, cosine, paint, set_device, update, whole
+from train import autocast, cosine, paint, set_device, update
 from unet import UNet
 from vae import VAE
 
@@ -378,7 +378,8 @@ def make_pictures(args):
     scenes = Scenes(32, ("day",), first)
     for i in (1, 2, 3):
         write_png(out / f"layout_{i}.png", colorize(scenes.labels[i], "toy"))
-    judge = toy_judges(load_weights(out / "toy.safetensors"), args.device).segmenter
+    parts = load_weights(out / "toy.safetensors")
+    judge = toy_judges(parts, class_table("toy"), args.device).segmenter
     labels = torch.from_numpy(scenes.labels).long()
     shown = [30, 29, 5, 19, 2]
     columns = {"layout": paint(labels[shown], "toy"), "real": scenes.images[shown]}
@@ -442,5 +443,4 @@ def main():
 
 
 if __name__ == "__main__":
-    end_at_signals()
     main()

@@ -9,9 +9,7 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    # Ctrl-C during the slow imports below ends without a traceback; `main` handles it later.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    # Idle OpenMP threads sleep instead of spinning.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # see train.py
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
 
@@ -30,9 +28,9 @@ import torch
 from PIL import Image
 
 from aldm import PRESETS, base_file, load_weights, pick_device
-from data import ASSETS, IGNORE, InputError, class_table, open_dataset, read_layout
+from data import ASSETS, IGNORE, InputError, open_dataset, read_layout
 from sample import ADAPTER, from_pixels, generate, load_model, resize_nearest, to_pixels
-from tools.command import number
+from tools.command import number, whole
 from tools.files import opened, refuse
 from tools.judge import toy_judges
 from tools.make_toy import mark
@@ -67,7 +65,7 @@ def decode_layout(content, name, classes, size):
 def read_words(given):
     """A request's fields, texts -> prompt, negative, seed, steps, cfg"""
     words = {"prompt": given.get("prompt", ""), "negative": given.get("negative", "")}
-    kinds = {"seed": number(0, 2**32 - 1, int), "steps": number(1, 1000, int),
+    kinds = {"seed": whole(0, 2**32 - 1), "steps": whole(1, 1000),
              "cfg": number(0, 50)}
     for key, parse in kinds.items():
         try:
@@ -256,9 +254,9 @@ def parse_args():
     add("--sd", metavar="FILE", help="Stable Diffusion 1.x, as for sample.py")
     add("--data", help="the data set whose classes are painted (default: the adapter's)")
     add("--class-embeddings", metavar="FILE", help="those the adapters were trained with")
-    add("--steps", type=number(1, 1000, int), default=25, help="of DDIM (default: 25)")
+    add("--steps", type=whole(1, 1000), default=25, help="of DDIM (default: 25)")
     add("--cfg", type=number(0, 50), help="guidance scale (toy: 5, sd15: 7.5)")
-    add("--port", type=number(0, 65535, int), default=8000, help="(default: 8000)")
+    add("--port", type=whole(0, 65535), default=8000, help="(default: 8000)")
     add("--device", help="cpu or cuda (default: cuda if available)")
     add("--precision", choices=["bf16", "fp32"], help="default: bf16 on CUDA, fp32 on a CPU")
     args = p.parse_args()
@@ -285,11 +283,10 @@ def toy_segmenter(args, models):
     """-> the segmenter that compares two models: the toy's, which none of them has seen in its
     training. None for a single model, or where there is no such segmenter."""
     model = next(iter(models.values()))
-    is_toy = model.preset == PRESETS["toy"] and model.classes.names == class_table("toy").names
-    if len(models) == 1 or not is_toy:
+    if len(models) == 1 or model.preset != PRESETS["toy"]:
         return None
-    parts = load_weights(args.sd or base_file("toy"))
-    return toy_judges(parts, args.device).segmenter if "judge" in parts else None
+    judges = toy_judges(load_weights(args.sd or base_file("toy")), model.classes, args.device)
+    return judges.segmenter if judges else None
 
 
 def list_examples(model):
@@ -321,12 +318,11 @@ def serve():
     with server:
         try:
             server.serve_forever()
-        except KeyboardInterrupt:
-            os._exit(130)  # requests may still be computing, in threads that cannot be stopped
+        except SystemExit as stop:  # by a signal
+            os._exit(stop.code)  # requests may still be computing, in threads that cannot be stopped
 
 
 def main():
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     run_command("paint.py", serve)
 
 

@@ -59,6 +59,7 @@ class Run:
         self.columns = columns
         self.out = Path(args.out)
         self.saved = False
+        self.newest = "none"  # the last good checkpoint; known on rank 0
         self.signals = []
         self.stream = None
         self.stop = 0  # the number of a signal after which the run ends
@@ -84,8 +85,7 @@ class Run:
         return self
 
     def __iter__(self):
-        for which in SIGNALS:
-            self.handlers[which] = signal.signal(which, self.note_signal)
+        self.handlers = catch_signals(self.note_signal)
         self.began = time.time()
         self.bar = tqdm(total=self.args.steps, initial=self.first, disable=rank() > 0,
                         mininterval=1)
@@ -96,13 +96,13 @@ class Run:
                 yield step
                 if self.stop:
                     break
-        self.restore_signals()
+        restore_signals(self.handlers)
         if self.stop:
             note(f"stopped at step {self.done}; continue with --resume")
             raise SystemExit(128 + self.stop)
 
     def __exit__(self, kind, error, traceback):
-        self.restore_signals()
+        restore_signals(self.handlers)
         if hasattr(self.stream, "close"):  # a generator: this ends its loading processes
             self.stream.close()
         if rank() == 0:
@@ -110,8 +110,9 @@ class Run:
         expected = (Stopped, InputError, OSError, SafetensorError, torch.OutOfMemoryError)
         if self.handlers and isinstance(error, expected):
             reason = " ".join(str(error).split())
-            last = max(checkpoints(self.out), default="none")
-            raise Stopped(f"{reason}; last good checkpoint: {last}") from None
+            if rank() == 0:
+                reason += f"; last good checkpoint: {self.newest}"
+            raise Stopped(reason) from None
 
     @property
     def did(self):
@@ -121,10 +122,6 @@ class Run:
     def seconds(self):
         """Seconds of this process's steps."""
         return self.ended - self.began
-
-    def restore_signals(self):
-        for which, handler in self.handlers.items():
-            signal.signal(which, handler)
 
     def note_signal(self, which, frame):
         """The first signal stops the run after its step, the second one at once."""
@@ -181,13 +178,14 @@ class Run:
             content[name] = part.state_dict()
             if isinstance(part, torch.nn.Module):
                 check_finite(content[name], f"step {self.done}: {name}")
-        newest = self.out / f"checkpoint_{self.done:07d}.pt"
-        with atomic(newest) as temporary:
+        path = self.out / f"checkpoint_{self.done:07d}.pt"
+        with atomic(path) as temporary:
             try:
                 torch.save(content, temporary)
             except RuntimeError as error:  # torch's report of a full disk
-                raise OSError(f"{newest}: cannot be written, is the disk full? ({error})") from None
-        older = [path for path in checkpoints(self.out) if path <= newest]  # later ones are damaged
+                raise OSError(f"{path}: cannot be written, is the disk full? ({error})") from None
+        self.newest = path
+        older = [p for p in checkpoints(self.out) if p <= path]  # later ones are damaged
         for path in older[:-self.args.keep]:
             path.unlink()
         self.saved = True
@@ -207,25 +205,28 @@ class Run:
                 damaged.append(str(path))
                 continue
             self.check_settings(path, saved)
-            if not fits(saved, self.state):
-                damaged.append(str(path))
-                continue
+            self.fill(path, saved)
             if damaged:
                 note(f"{', '.join(damaged)}: damaged; going back to {path.name}")
-            for name, part in self.state.items():
-                part.load_state_dict(saved[name])
-                if isinstance(part, torch.optim.Optimizer):
-                    match_strides(part)
+            self.newest = path
             return saved["step"]
         if damaged:
             raise InputError(f"{damaged[0]}: damaged, as are all checkpoints; choose another --out")
         note(f"{self.out}: nothing to resume, starting at step 0")
         return 0
 
+    def fill(self, path, saved):
+        """Fill `state` from a checkpoint. Raises InputError if it is of other networks."""
+        try:
+            for name, part in self.state.items():
+                part.load_state_dict(saved[name])
+                if isinstance(part, torch.optim.Optimizer):
+                    match_strides(part)
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
+            raise InputError(f"{path}: from another kind of training; choose another --out") from None
+
     def check_settings(self, path, saved):
-        """Raise InputError unless the checkpoint is of this training; note differing flags."""
-        if not saved.keys() >= self.state.keys():
-            raise InputError(f"{path}: from another kind of training; choose another --out")
+        """Raise InputError if the run was started with another `meta`; note differing flags."""
         for key, value in self.meta.items():
             found = saved["meta"].get(key, value)
             if found != value and key != "dataset":  # a folder may have moved: its classes count
@@ -267,7 +268,7 @@ def checkpoints(out):
 
 
 def read_checkpoint(path):
-    """-> what a checkpoint holds. Raises any exception if it is damaged or is none of ours."""
+    """-> what a checkpoint holds. Raises any exception if it is damaged or not written by Run."""
     with zipfile.ZipFile(path) as file:  # torch.load does not verify the checksums
         if file.testzip():
             raise ValueError("a bad checksum")
@@ -278,50 +279,12 @@ def read_checkpoint(path):
     return saved
 
 
-def fits(saved, state):
-    """Whether all tensors of a checkpoint have the names, shapes and types of `state`. (The fused
-    optimisers do not check their moments: they would read past the end of smaller ones.)"""
-    for name, part in state.items():
-        if isinstance(part, torch.nn.Module):
-            found, wanted = saved[name], part.state_dict()
-            if not isinstance(found, dict) or found.keys() != wanted.keys():
-                return False
-            if not all(matches(found[key], t.shape, t.dtype) for key, t in wanted.items()):
-                return False
-        elif not moments_fit(saved[name], part):
-            return False
-    return True
-
-
-def moments_fit(found, optimizer):
-    """The same for an optimiser's state dict: moments {index of the parameter: {name: tensor}}."""
-    parameters = optimizer.param_groups[0]["params"]
-    try:
-        group, = found["param_groups"]
-        if group["params"] != list(range(len(parameters))):
-            return False
-        if group.keys() != optimizer.param_groups[0].keys():
-            return False
-        for i, moments in found["state"].items():
-            for key, t in moments.items():
-                shape = () if key == "step" else parameters[i].shape
-                if not matches(t, shape, torch.float32):
-                    return False
-    except (TypeError, KeyError, ValueError, AttributeError, IndexError):
-        return False
-    return True
-
-
-def matches(t, shape, dtype):
-    return torch.is_tensor(t) and t.shape == shape and t.dtype == dtype
-
-
 def match_strides(optimizer):
     """Lay the moments out in memory like their weights, as the fused kernels require: a checkpoint
     may come from a device for which `make_fast` chose another layout."""
     for p, moments in optimizer.state.items():
         for name, t in moments.items():
-            if t.shape == p.shape:  # not the step count
+            if name != "step":
                 moments[name] = torch.empty_like(p).copy_(t)
 
 
@@ -396,6 +359,18 @@ def read_json(path):
     return content if isinstance(content, dict) else None
 
 
+def catch_signals(handler):
+    """Call handler(number, frame) at SIGNALS, except those that the process ignores, such as SIGHUP
+    under nohup -> the handlers so far, for restore_signals."""
+    return {which: signal.signal(which, handler) for which in SIGNALS
+            if signal.getsignal(which) != signal.SIG_IGN}
+
+
+def restore_signals(handlers):
+    for which, handler in handlers.items():
+        signal.signal(which, handler)
+
+
 def note(text):
     """Print a line to stderr, once for all processes."""
     if rank() == 0:
@@ -444,26 +419,33 @@ def start_processes(args):
 
 def run_command(name, main):
     """Run a command line. An expected error becomes one line on stderr and an exit code: 2 for
-    wrong input, 1 for a run that could not continue, 130 for Ctrl-C."""
+    wrong input, 1 for a run that could not continue. A signal ends it after cleaning up, with
+    128 + its number."""
     guard_streams()
-    code = 0
+    handlers = catch_signals(end_program)
     try:
         main()
-    except KeyboardInterrupt:
-        code = 130
     except InputError as error:
         code = 2
-        note(f"{name}: {error}")
+        text = str(error)
     except OSError as error:
         code = 2
-        note(f"{name}: {' '.join(str(error).split())}")
+        text = " ".join(str(error).split())
     except (Stopped, torch.OutOfMemoryError, MemoryError) as error:
         code = 1
-        note(f"{name}: {' '.join(str(error).split()) or 'out of memory'}")
+        text = " ".join(str(error).split()) or "out of memory"
     except RuntimeError as error:
         if "allocate memory" not in str(error):  # how torch reports a CPU without memory
             raise
         code = 1
-        note(f"{name}: out of memory; use a smaller --batch or --size")
-    if code:
-        raise SystemExit(code)
+        text = "out of memory; use a smaller --batch or --size"
+    else:
+        return
+    finally:
+        restore_signals(handlers)
+    print(f"{name}: {text}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def end_program(which, frame):
+    raise SystemExit(128 + which)

@@ -12,14 +12,11 @@ import os
 import signal
 
 if __name__ == "__main__":
-    # Outside the training loop, signals end the program silently.
-    for which in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        signal.signal(which, lambda which, _: os._exit(128 + which))
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # see train.py
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # see train.py
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -33,12 +30,13 @@ sys.path.insert(0, str(ROOT))
 from aldm import PRESETS, load_segmenter
 from data import IGNORE, InputError, batches, open_dataset, split_key
 from discriminator import UperNet, confusion_matrix, mean_iou, segment
-from tools.command import number
+from tools.command import number, whole
 from tools.files import refuse, write_text
+from tools.judge import rounded
 from tools.run import (Run, average, note, rank, refuse_second_run, run_command, start_processes,
                        world)
 from tools.weight_files import save_tensors
-from train import autocast, set_device, update, whole
+from train import autocast, set_device, update
 
 
 def train(args):
@@ -108,11 +106,6 @@ def test(args, net, tests):
         for class_name, value in per_class.items():
             print(f"  {class_name:20} {value}")
     write_text(Path(args.out) / "segmenter.json", json.dumps(results, indent=1))
-
-
-def rounded(value):
-    """For JSON, which has no nan: the IoU of an absent class is None."""
-    return None if math.isnan(value) else round(value, 5)
 
 
 def export(args, net, meta, step):

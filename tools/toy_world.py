@@ -2,19 +2,10 @@
 
 `python train.py --data toy` draws it when it is first needed: one folder per weather, in which
 Cityscapes' own folders lie. Each scene is a pure function of its seed and its weather.
-
-    python tools/toy_world.py --show world.png    eight layouts, each above its five weathers
 """
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C during the imports
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
-import argparse
 import json
+import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -558,64 +549,3 @@ def draw(root, weather):
         if not lost_race:
             raise
     return folder
-
-
-# -- the toy world as a picture --------------------------------------------------------------------
-
-PALETTE = {  # Cityscapes' colours
-    ROAD: (128, 64, 128),
-    SIDEWALK: (244, 35, 232),
-    BUILDING: (70, 70, 70),
-    POLE: (153, 153, 153),
-    SIGN: (220, 220, 0),
-    VEGETATION: (107, 142, 35),
-    TERRAIN: (152, 251, 152),
-    SKY: (70, 130, 180),
-    PERSON: (220, 20, 60),
-    CAR: (0, 0, 142),
-}
-
-
-def show(path):
-    """Writes a PNG: eight layouts, each above its five weathers, at twice the size."""
-    colours = np.zeros((256, 3), np.uint8)
-    for c, colour in PALETTE.items():
-        colours[c] = colour
-    first, _ = SPLITS["val"]
-    columns = []
-    for seed in range(first, first + 8):
-        _, label, _ = toy_scene(seed)
-        column = [colours[label]]
-        column += [toy_scene(seed, domain)[0] for domain in DOMAINS]
-        columns.append(np.concatenate(column))
-    picture = np.concatenate(columns, 1).repeat(2, 0).repeat(2, 1)
-    drawing = path.with_name(f".{os.urandom(4).hex()}.part")
-    try:
-        Image.fromarray(picture).save(drawing, "png")
-        os.replace(drawing, path)
-    finally:
-        drawing.unlink(missing_ok=True)
-
-
-def fail(message):
-    """Ends the command with one line and exit code 2."""
-    print(f"toy_world.py: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Draws the toy world as one picture.")
-    parser.error = fail
-    parser.add_argument("--show", metavar="FILE.png", type=Path, required=True,
-                        help="eight layouts, each above its five weathers")
-    args = parser.parse_args()
-    try:
-        show(args.show)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        fail(f"--show {args.show}: {reason}")
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # so that half-written files are removed
-    main()

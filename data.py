@@ -230,7 +230,7 @@ class Layouts:
             folder = place / "labels" if (place / "labels").is_dir() else place
             self.files, notes = by_name(find_images(folder, LAYOUTS), folder)
             if not self.files:
-                raise InputError(f"{folder}: no layouts (PNG) in there")
+                raise InputError(f"{folder}: no layouts ({', '.join(LAYOUTS)}) in there")
         elif os.path.lexists(place):
             self.files = {place.stem: place}
         else:
@@ -248,12 +248,13 @@ class Layouts:
         notes += report(broken, len(self.files), f"{place}, layouts", skip_broken)
         self.files = {name: path for name, path in self.files.items() if path not in broken}
         self.names = sorted(self.files)
-        images = self.files
-        if folder.name == "labels":
-            images = {name: folder.parent / "images" / f"{name}.png" for name in self.names}
-        read = read_captions(folder, "", captions) or read_captions(folder.parent, "")
-        self.captions, more = find_captions(read, images, folder)
+        self.captions = {}
         if place.is_dir():
+            images = self.files
+            if folder.name == "labels":
+                images = {name: folder.parent / "images" / f"{name}.png" for name in self.names}
+            read = read_captions(folder, "", captions) or read_captions(folder.parent, "")
+            self.captions, more = find_captions(read, images, folder)
             notes += more
         self.description = "; ".join([f"{place}: {survey.describe()}", *notes])
 
@@ -343,8 +344,8 @@ def find_files(data, root, split, which, known=()):
     folders = (Path(root, places[0].format(split=name)) for name in ("train", "val", split))
     if form is FOLDERS["folder"] and not any(map(os.path.isdir, folders)):
         places = [places[0].removesuffix("/{split}")]
-        if split == "val" and which == 0:
-            notes.append("no images/val: the training images serve as val")
+        if split != "train" and which == 0:
+            notes.append(f"no images/{split}: the training images serve as {split}")
     suffixes = PICTURES
     if key == "coco":  # photos and layouts may lie in one folder
         suffixes = (".png",) if which else (".jpg", ".jpeg")
@@ -432,7 +433,7 @@ class Pairs(torch.utils.data.Dataset):
         S = self.size
         if self.classes.key in ("ade20k", "coco") or (h, w) == (S, S):
             return S, S
-        if self.images[name].stem.endswith("_leftImg8bit"):
+        if self.classes.key == "cityscapes" and self.images[name].stem.endswith("_leftImg8bit"):
             return S, 2 * S
         return tuple(round(side * S / min(h, w) / self.grid) * self.grid for side in (h, w))
 

@@ -1,4 +1,4 @@
-"""Files: what is read must be whole, what is written replaces the old file at once.
+"""Reads and writes files. Incomplete files are refused; writes are atomic.
 
 Everything that cannot be read is an InputError: one line that names the file.
 """
@@ -62,7 +62,7 @@ def report(broken, total, what, skip_broken):
     first = [str(error) for error in broken.values()][:5]
     title = f"{what}: {len(broken)} of {total} are broken"
     if not skip_broken or len(broken) == total:
-        lines = [title, *first, "mend them, or leave them out with --skip-broken"]
+        lines = [title, *first, "fix them, or skip them with --skip-broken"]
         raise InputError("\n  ".join(lines))
     return [f"{len(broken)} of {total} are broken and left out, the first: {first[0]}"]
 
@@ -116,9 +116,9 @@ def image_size(path):
         return size
 
 
-def read_image(file, name=None):
+def read_image(file):
     """A photo -> PIL.Image in RGB; 16 bits are scaled to 8 (PIL alone would clip grey to white)."""
-    image = open_image(file, name)
+    image = open_image(file)
     if image.mode[0] == "I":
         grey = np.asarray(image).clip(0, 65535) >> 8
         image = Image.fromarray(grey.astype(np.uint8))

@@ -71,31 +71,34 @@ class Clip(nn.Module):
         return self.encode_images(images) @ F.normalize(said, dim=1).T
 
 
-def toy_judges(parts, device):
-    """The parts of the toy's base file -> Judges: its segmenter and its classifier of weathers."""
-    segmenter = UperNet(len(class_table("toy").names), **JUDGE)
+def toy_judges(parts, classes, device):
+    """The parts of the toy's base file -> Judges: its segmenter and its classifier of weathers. None
+    for another file, or if they do not know these classes."""
+    if "judge" not in parts or classes.names != class_table("toy").names:
+        return None
+    segmenter = UperNet(len(classes.names), **JUDGE)
     classifier = Classifier(len(parts["domain"]["head.bias"]))
     load_into(segmenter, parts["judge"], "judge")
     load_into(classifier, parts["domain"], "domain")
     return Judges(segmenter.to(device).eval(), classifier.to(device).eval())
 
 
-def load_judge(files, preset, classes):
+def load_judge(files, classes):
     """--judge, a segmenter of ours or mit-semseg's two files -> UperNet, and the names of the
     classes it cannot judge: an ADE20K segmenter has one output for several of them, or none."""
-    shape = preset.segmenter
     unjudged = ()
     _, meta = read_parts(files[0])
     if meta.get("format") == "aldm-segmenter":
         if tuple(meta["names"]) != classes.names:
             raise InputError(f"--judge {files[0]}: has the {len(meta['names'])} classes of "
                              f"{meta['dataset']}, not those of {classes.key}")
-        shape = PRESETS[meta["preset"]].segmenter
     elif len(files) == 2 and classes.names != class_table("ade20k").names:
         unjudged = tuple(name for name, ade in zip(classes.names, classes.ade)
                          if ade is None or classes.ade.count(ade) > 1)
-        note(f"--judge: has ADE20K's classes; the mIoU leaves out {', '.join(unjudged)}")
-    judge = UperNet(len(classes.names), **shape)
+        left_out = ", ".join(unjudged) or "none of yours"
+        note(f"--judge: has ADE20K's classes; the mIoU leaves out {left_out}")
+    preset = PRESETS[meta.get("preset", "sd15")]
+    judge = UperNet(len(classes.names), **preset.segmenter)
     judge.decoder.conv_last[1].bias.data.fill_(-1e4)  # never predict classes the files lack
     load_segmenter(files, judge, classes)
     return judge.eval(), unjudged
@@ -105,13 +108,10 @@ def choose_judges(args, classes, preset):
     """-> Judges by --judge and --features. The toy's judges are in its base file. CLIP is used if
     it is in the Hugging Face cache."""
     judges = None
-    parts = {}
-    if preset == PRESETS["toy"] and classes.names == class_table("toy").names:
-        parts = load_weights(args.sd or base_file("toy"))
-    if "judge" in parts:
-        judges = toy_judges(parts, args.device)
+    if preset == PRESETS["toy"]:
+        judges = toy_judges(load_weights(args.sd or base_file("toy")), classes, args.device)
     if args.judge:
-        segmenter, unjudged = load_judge(args.judge, preset, classes)
+        segmenter, unjudged = load_judge(args.judge, classes)
         classifier = judges.classifier if judges else None
         judges = Judges(segmenter.to(args.device), classifier, unjudged)
     if judges is None:
@@ -121,8 +121,8 @@ def choose_judges(args, classes, preset):
     if isinstance(path, str):
         judges.clip = Clip(path, args.device)
         judges.clip_features = args.features == "clip"
-    elif args.features == "clip" or args.prompts:
-        raise InputError(f"--features clip, --prompts: {CLIP} is not in the Hugging Face cache")
+    elif args.features == "clip":
+        raise InputError(f"--features clip: {CLIP} is not in the Hugging Face cache")
     else:
         note(f"{CLIP} is not in the Hugging Face cache; its figures are left out")
     return judges
@@ -173,7 +173,7 @@ def find_samples(folder, names=None):
         twice = re.sub(r"_\d+$", "", once)
         found = [name for name in (once, file.stem, twice) if names is None or name in names]
         if not found:
-            raise InputError(f"{file}: is of none of the real pictures, such as "
+            raise InputError(f"{file}: matches none of the real pictures, e.g. "
                              f"{next(iter(names))}; name images NAME_0.png, NAME_1.png, ...")
         samples.setdefault(found[0], []).append(file)
     if not samples:

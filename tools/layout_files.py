@@ -149,7 +149,7 @@ def read_palette(image, ids, classes, name):
     if not is_known.all():
         strange = colours[told < 0].tolist()
         raise InputError(f"{name}: {is_known.sum()} of its palette's colours are {classes.key}'s, "
-                         f"others such as {strange[0]} are not: mend these, or save ids in a "
+                         f"others such as {strange[0]} are not: fix these, or save ids in a "
                          "single channel")
     first = np.full(257, -1)  # of each class: the first class of its colour
     first[:len(classes.names)] = colour_table(classes)[pack(classes.palette)]
@@ -316,7 +316,7 @@ class Survey:
                 codings.add(words[coding_of_name(path, self.classes) or self.coding])
         text = " and ".join(sorted(codings))
         if self.other:
-            text += f" ({words[self.other]} are possible, too: --ids {self.other})"
+            text += f" (could also be {words[self.other]}: use --ids {self.other})"
         files = f"of {len(self.labels)} of {self.total} files: " if self.total > 1 else ""
         text += f"; {files}{self.shares()}"
         void = sum((label == IGNORE).all() for label in self.labels.values())

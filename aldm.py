@@ -73,9 +73,6 @@ PRESETS = {
         guidance=5.0),
 }
 
-# the toy's own judge
-JUDGE = dict(layers=(1, 1, 1, 1), width=8, fpn_dim=24, ppm_dim=48, stem_stride=1)
-
 
 def pick_device(name=None):
     """--device: "cpu", "cuda" or "cuda:1", returned unchanged; None: cuda if there is one, else

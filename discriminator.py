@@ -5,8 +5,6 @@ It learns to segment real images into their layout and to label every pixel of a
 class N, "fake". Attribute names are those of mit-semseg (`encoder.`, `decoder.`), whose ADE20K
 segmenter initialises the official discriminator.
 """
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -172,19 +170,6 @@ class UperNet(nn.Module):
         return resize(logits, image)
 
 
-class Classifier(nn.Module):
-    """image [B,3,H,W] in [-1,1] -> logits [B,num_classes]: recognises the toy's weather."""
-
-    def __init__(self, num_classes):
-        super().__init__()
-        self.encoder = ResNet((1, 1, 1, 1), width=8, stem_stride=2)
-        self.head = nn.Linear(32 * 8, num_classes)
-
-    def forward(self, image):
-        coarsest = self.encoder(image)[-1]
-        return self.head(coarsest.mean((2, 3)))
-
-
 # -- losses (Sec. 3.1) -----------------------------------------------------------------------------
 
 
@@ -237,35 +222,7 @@ def discriminator_loss(real_logits, fake_logits, label, fake_weight):
     return real + fake_weight * fake, parts
 
 
-# -- segmentation and mIoU -------------------------------------------------------------------------
-
-
-def segment(net, image, size):
-    """Segment a whole image in windows of the size that the net was trained at.
-
-    image [B,3,H,W] -> logits [B,N,H,W]. Windows overlap by at least half, and overlapping logits
-    are averaged. An image smaller than a window is passed to the net as it is.
-    """
-    B, _, H, W = image.shape
-    total = None
-    count = image.new_zeros(H, W)
-    for top in window_starts(H, size):
-        for left in window_starts(W, size):
-            here = (..., slice(top, top + size), slice(left, left + size))
-            logits = net(image[here]).float()
-            if total is None:
-                total = logits.new_zeros(B, logits.shape[1], H, W)
-            total[here] += logits
-            count[here] += 1
-    return total / count
-
-
-def window_starts(length, size):
-    """Starts of windows of `size` that cover `length` evenly and overlap by at least half."""
-    if length <= size:
-        return [0]
-    steps = math.ceil((length - size) / (size // 2))
-    return [round(i * (length - size) / steps) for i in range(steps + 1)]
+# -- mIoU ----------------------------------------------------------------------------------------
 
 
 def confusion_matrix(pred, label, num_classes):

@@ -57,15 +57,15 @@ import data
 import discriminator as disc
 import sample
 import train
-from aldm import (ALDM, JUDGE, load_class_embeddings, load_frozen, load_into, load_segmenter,
+from aldm import (ALDM, load_class_embeddings, load_frozen, load_into, load_segmenter,
                   load_weights, PRESETS, read_adapter, save_adapter, save_base, Schedule,
                   TextEncoder, unrolled_adversarial_loss)
 from data import class_table, colorize, IGNORE, InputError, open_dataset, read_layout
-from discriminator import Classifier, discriminator_loss, UperNet
+from discriminator import discriminator_loss, UperNet
 from tools import (bench, judge, make_results, make_toy, paint, pictures as charts, run as runs,
                    segmenter as plain, toy_world as toy, weight_files)
 from tools.files import atomic, write_text
-from tools.judge import find_samples, judge_folder, Judges
+from tools.judge import Classifier, find_samples, JUDGE, judge_folder, Judges
 from tools.paint import BODY, find_wrong, PageHandler, painter
 from tools.run import Run, Stopped
 from tools.toy_world import DOMAINS, toy_scene
@@ -409,10 +409,10 @@ def test_windows_cover_the_whole_image():
     """The logits of a net that looks at each pixel alone do not depend on the windows."""
     image = torch.randn(1, 3, 40, 100)
     for size in (16, 40, 64, 100):
-        logits = disc.segment(lambda x: x * 2 + 1, image, size)
+        logits = plain.segment(lambda x: x * 2 + 1, image, size)
         assert torch.allclose(logits, image * 2 + 1, atol=1e-6)
     seen = []
-    disc.segment(lambda x: seen.append(x.shape[2:]) or x, image, 32)
+    plain.segment(lambda x: seen.append(x.shape[2:]) or x, image, 32)
     assert set(seen) == {(32, 32)} and len(seen) == 2 * 6
 
 
@@ -4389,7 +4389,8 @@ def test_own_classes_in_a_small_trial(toy_world, tmp_path):
 
 BAD_TRAINING = [  # arguments, words of the one line that says so
     ("--steps 0", "--steps", "from 1"), ("--lr nan", "--lr", "above 0"), ("--ramp 9", "--ramp"),
-    ("--ramp 9:8", "--ramp"), ("--step 3", "--step"), ("--unroll 4 --ddim-steps 4", "--unroll 4", "below"),
+    ("--ramp 9:8", "--ramp"), ("--step 3", "--step"),
+    ("--unroll 4 --ddim-steps 4", "--unroll 4", "below"),
     ("--size 63", "63", "multiples of 16"), ("--device cuda:99", "no such CUDA"),
     ("--t-max 300 --ddim-steps 25 --unroll 9", "--t-max 300", "--unroll 9"),
     ("--adapter oft --hint color", "--hint color", "oft"), ("--finetune", "--finetune", "piti"),

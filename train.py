@@ -163,8 +163,8 @@ def draw_judged_steps(unroll, judged):
 
 
 def pick_fakes(images, judged, shown):
-    """D's fakes: for each image one of its judged estimates, so that D learns at every t at which it
-    judges.
+    """D's fakes: for each image one of its judged estimates, so that D learns at every t at which
+    it judges.
 
     images {k: [B,3,H,W]}, judged steps, shown [B] in 0..K (evenly drawn) -> [B,3,H,W]
     """
@@ -584,9 +584,9 @@ class Cache(torch.utils.data.Dataset):
     step needs neither image files nor the VAE's encoder nor the text encoder.
 
     Each file holds the latent's moments of the whole resized image and of its mirror image (fp16),
-    the labels, and the states of its captions; a composed caption is that of the whole image. Random
-    crops are cut from the latents, whose borders have thus seen what lies beyond. Raises InputError
-    if the folder is of other data or weights.
+    the labels, and the states of its captions; a composed caption is that of the whole image.
+    Random crops are cut from the latents, whose borders have thus seen what lies beyond. Raises
+    InputError if the folder is of other data or weights.
     """
 
     def __init__(self, folder, dataset, model):

@@ -16,13 +16,15 @@ import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
-from aldm import JUDGE, PRESETS, base_file, load_into, load_segmenter, load_weights, read_parts
+from aldm import PRESETS, base_file, load_into, load_segmenter, load_weights, read_parts
 from data import (PICTURES, InputError, class_table, find_images, read_edits, read_image,
                   read_layout, read_text)
-from discriminator import Classifier, UperNet, confusion_matrix, mean_iou
+from discriminator import ResNet, UperNet, confusion_matrix, mean_iou
 from tools.run import note
 
 CLIP = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
+# The size of the toy's own judge, a UperNet.
+JUDGE = dict(layers=(1, 1, 1, 1), width=8, fpn_dim=24, ppm_dim=48, stem_stride=1)
 KINDS = "generated", "edited", "reconstructed", "real"  # of images
 
 
@@ -50,6 +52,19 @@ class Judges:
         return self.segmenter.features(images)[-1].mean((2, 3)).double().cpu()
 
 
+class Classifier(nn.Module):
+    """image [B,3,H,W] in [-1,1] -> logits [B,num_classes]: recognises the toy's weather."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.encoder = ResNet((1, 1, 1, 1), width=8, stem_stride=2)
+        self.head = nn.Linear(32 * 8, num_classes)
+
+    def forward(self, image):
+        coarsest = self.encoder(image)[-1]
+        return self.head(coarsest.mean((2, 3)))
+
+
 class Clip(nn.Module):
     """open_clip's cosines of images and texts."""
 
@@ -72,8 +87,8 @@ class Clip(nn.Module):
 
 
 def toy_judges(parts, classes, device):
-    """The parts of the toy's base file -> Judges: its segmenter and its classifier of weathers. None
-    for another file, or if they do not know these classes."""
+    """The parts of the toy's base file -> Judges: its segmenter and its classifier of weathers.
+    None for another file, or if they do not know these classes."""
     if "judge" not in parts or classes.names != class_table("toy").names:
         return None
     segmenter = UperNet(len(classes.names), **JUDGE)

@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from aldm import JUDGE, PRESETS, Schedule, TextEncoder, load_into, load_weights, save_base
+from aldm import PRESETS, Schedule, TextEncoder, load_into, load_weights, save_base
 from data import IGNORE, class_table, colorize
-from discriminator import Classifier, UperNet
+from discriminator import UperNet
 from sample import from_pixels, generate, load_model
 from tools.command import number, whole
 from tools.files import refuse, write_png
-from tools.judge import toy_judges
+from tools.judge import JUDGE, Classifier, toy_judges
 from tools.make_results import K3, call
 from tools.pictures import grid
 from tools.run import Run, run_command

@@ -318,8 +318,8 @@ def serve():
     with server:
         try:
             server.serve_forever()
-        except SystemExit as stop:  # by a signal
-            os._exit(stop.code)  # requests may still be computing, in threads that cannot be stopped
+        except SystemExit as stop:  # a signal; threads that still compute cannot be stopped
+            os._exit(stop.code)
 
 
 def main():

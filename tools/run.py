@@ -223,7 +223,8 @@ class Run:
                 if isinstance(part, torch.optim.Optimizer):
                     match_strides(part)
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
-            raise InputError(f"{path}: from another kind of training; choose another --out") from None
+            raise InputError(f"{path}: from another kind of training; choose another "
+                             "--out") from None
 
     def check_settings(self, path, saved):
         """Raise InputError if the run was started with another `meta`; note differing flags."""

@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -29,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from aldm import PRESETS, load_segmenter
 from data import IGNORE, InputError, batches, open_dataset, split_key
-from discriminator import UperNet, confusion_matrix, mean_iou, segment
+from discriminator import UperNet, confusion_matrix, mean_iou
 from tools.command import number, whole
 from tools.files import refuse, write_text
 from tools.judge import rounded
@@ -106,6 +107,34 @@ def test(args, net, tests):
         for class_name, value in per_class.items():
             print(f"  {class_name:20} {value}")
     write_text(Path(args.out) / "segmenter.json", json.dumps(results, indent=1))
+
+
+def segment(net, image, size):
+    """Segment a whole image in windows of the size that the net was trained at.
+
+    image [B,3,H,W] -> logits [B,N,H,W]. Windows overlap by at least half, and overlapping logits
+    are averaged. An image smaller than a window is passed to the net as it is.
+    """
+    B, _, H, W = image.shape
+    total = None
+    count = image.new_zeros(H, W)
+    for top in window_starts(H, size):
+        for left in window_starts(W, size):
+            here = (..., slice(top, top + size), slice(left, left + size))
+            logits = net(image[here]).float()
+            if total is None:
+                total = logits.new_zeros(B, logits.shape[1], H, W)
+            total[here] += logits
+            count[here] += 1
+    return total / count
+
+
+def window_starts(length, size):
+    """Starts of windows of `size` that cover `length` evenly and overlap by at least half."""
+    if length <= size:
+        return [0]
+    steps = math.ceil((length - size) / (size // 2))
+    return [round(i * (length - size) / steps) for i in range(steps + 1)]
 
 
 def export(args, net, meta, step):

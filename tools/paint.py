@@ -31,7 +31,7 @@ from aldm import PRESETS, base_file, load_weights, pick_device
 from data import ASSETS, IGNORE, InputError, open_dataset, read_layout
 from sample import ADAPTER, from_pixels, generate, load_model, resize_nearest, to_pixels
 from tools.command import number, whole
-from tools.files import opened, refuse
+from tools.files import refuse
 from tools.judge import toy_judges
 from tools.make_toy import mark
 from tools.run import note, run_command
@@ -39,7 +39,6 @@ from tools.run import note, run_command
 TOY = {"noise loss": ASSETS / "toy_controlnet.safetensors", "ALDM": ADAPTER}
 PAGE = ASSETS / "paint.html"
 BODY = 4 * 2**20  # bytes of a layout at most; a painted 512 x 1024 takes a small part of it
-PIXELS = 4 * 2**20  # of a layout at most, or 16 times the canvas
 PREVIEWS = 6  # estimates decoded per image; on a CPU each takes as long as a step
 POLICY = ("default-src 'self' 'unsafe-inline' data:; base-uri 'none'; form-action 'none'; "
           "frame-ancestors 'none'")
@@ -48,16 +47,8 @@ POLICY = ("default-src 'self' 'unsafe-inline' data:; base-uri 'none'; form-actio
 # -- requests --------------------------------------------------------------------------------------
 
 
-def decode_layout(content, name, classes, size):
-    """A layout's file, as bytes, and its name -> label [H,W]. InputError for one that is far larger
-    than the canvas, `size`, before it is decoded."""
-    height, width = size
-    with opened(io.BytesIO(content), "the layout") as image:
-        w, h = image.size
-    if w * h > max(PIXELS, 16 * height * width):
-        raise InputError(f"the layout: {w} x {h} pixels are far more than the canvas's {width} x "
-                         f"{height}; make it smaller")
-    # A file's name tells the kind of its ids.
+def decode_layout(content, name, classes):
+    """A layout's file, as bytes, and its name, which may tell the kind of its ids -> label [H,W]"""
     kind = re.search("labelTrainIds|labelIds|$", name)[0]
     return read_layout(io.BytesIO(content), classes, name=f"the layout {kind}".strip())
 
@@ -65,8 +56,7 @@ def decode_layout(content, name, classes, size):
 def read_words(given):
     """A request's fields, texts -> prompt, negative, seed, steps, cfg"""
     words = {"prompt": given.get("prompt", ""), "negative": given.get("negative", "")}
-    kinds = {"seed": whole(0, 2**32 - 1), "steps": whole(1, 1000),
-             "cfg": number(0, 50)}
+    kinds = {"seed": whole(0, 2**32 - 1), "steps": whole(1, 1000), "cfg": number(0, 50)}
     for key, parse in kinds.items():
         try:
             words[key] = parse(given.get(key, ""))
@@ -105,14 +95,7 @@ def find_wrong(segmenter, image, label):
 class PageServer(ThreadingHTTPServer):
     """page: its bytes; size: (height, width) of its canvas; models: {title: ALDM}; classes: theirs;
     segmenter: marks what is wrong, or None; hosts: names that browsers on this machine may call it
-    by; decoding, painting: locks."""
-
-    def get_request(self):
-        try:
-            return super().get_request()
-        except OSError:
-            time.sleep(0.5)  # out of file descriptors: wait until some are free
-            raise
+    by; painting: a lock."""
 
     def handle_error(self, request, client_address):
         error = sys.exc_info()[1]
@@ -162,9 +145,7 @@ class PageHandler(BaseHTTPRequestHandler):
             path, _, query = self.path.partition("?")
             given = dict(parse_qsl(query))
             words = read_words(given) if path == "/generate" else None
-            with server.decoding:  # one at a time, for the memory's sake
-                layout = decode_layout(content, given.get("name", ""), server.classes,
-                                       server.size)
+            layout = decode_layout(content, given.get("name", ""), server.classes)
         except InputError as error:
             self.answer(400, "application/json")
             return self.send(error=str(error))
@@ -234,7 +215,6 @@ def painter(models, port, examples, prompts, steps, cfg, precision=None, segment
     server.segmenter = segmenter
     server.size = height, width
     server.precision = precision
-    server.decoding = threading.Lock()
     server.painting = threading.Lock()
     port = "" if server.server_port == 80 else f":{server.server_port}"  # browsers leave 80 out
     server.hosts = [f"localhost{port}", f"127.0.0.1{port}"]

@@ -492,8 +492,7 @@ class Pairs(torch.utils.data.Dataset):
     def __getitem__(self, key):
         """key: (index, seed of crop, flip and caption), or an index alone: the centre.
 
-        -> dict(image float32 [3,S,S] in [-1,1], label int64 [S,S], caption str, name str, index
-        int, flip bool, top int, left int); (top, left) is the crop's corner in the flipped picture.
+        -> dict(image float32 [3,S,S] in [-1,1], label int64 [S,S], caption str)
         """
         index, seed = key if isinstance(key, tuple) else (key, None)
         flip, top, left = self.window(index, seed)
@@ -505,11 +504,6 @@ class Pairs(torch.utils.data.Dataset):
             "image": image[:, rows, cols],
             "label": label,
             "caption": self.caption(index, label, seed),
-            "name": self.names[index],
-            "index": index,
-            "flip": flip,
-            "top": top,
-            "left": left,
         }
 
     def stamp(self):

@@ -58,9 +58,9 @@ TABLES = {  # name -> title, {row: flags of train.py}
         "K = 9, all judged, `first`": "--unroll-grad first --judged 9"}),
     "comparison": ("The paper's comparison: strategies of adaptation, and ALDM on top", {
         "PITI, its encoder alone": "START/piti",
-        "PITI, encoder and UNet": f"--init START/piti --finetune {NOISE_K3}",
+        "PITI, encoder and UNet": f"--init START/piti --finetune {NOISE}",
         "FreestyleNet": "START/freestyle",
-        "FreestyleNet, longer": f"--init START/freestyle {NOISE_K3}",
+        "FreestyleNet, longer": f"--init START/freestyle {NOISE}",
         "T2I-Adapter": "START/t2i",
         "T2I-Adapter, noise loss": f"--init START/t2i {NOISE_K3}",
         "T2I-Adapter, ALDM": f"--init START/t2i {K3}",
@@ -77,10 +77,10 @@ TABLES = {  # name -> title, {row: flags of train.py}
         "`first`": f"{K3} --unroll-grad first",
         "`each`": K3,
         "`full`": f"{K3} --unroll-grad full"}),
-    "discriminator": ("The discriminator, K = 3", {
-        "trained": K3,
-        "frozen": f"{K3} --discriminator frozen",
-        "none, the noise loss alone": NOISE_K3}),
+    "discriminator": ("The discriminator", {
+        "trained": "",
+        "frozen": "--discriminator frozen",
+        "none, the noise loss alone": NOISE}),
     "lambda": ("lambda_adv, and the weight of the fake term, K = 3", {
         "lambda 0.3": f"{K3} --lambda-adv 0.3",
         "lambda 1 (default)": K3,

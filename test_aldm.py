@@ -3175,15 +3175,6 @@ def test_odd_paths_get_an_answer(server, method, status):
             assert connection.makefile("rb").read().startswith(b"HTTP/1.0 " + status)
 
 
-def test_browsers_leave_the_number_of_port_80_out(toy_model, monkeypatch):
-    monkeypatch.setattr(paint.PageServer, "server_bind",
-                        lambda self: setattr(self, "server_port", 80))
-    monkeypatch.setattr(paint.PageServer, "server_activate", lambda self: None)
-    server = painter({"ALDM": toy_model}, 80, [LABEL], [], 4, 2.0)
-    assert server.hosts == ["localhost", "127.0.0.1"]
-    server.server_close()
-
-
 def test_a_client_that_leaves_stops_its_generation(server, capfd):
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
     send_step = PageHandler.send_step
@@ -4889,13 +4880,6 @@ def test_the_readme_commands(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(HERE)
     launch(sample, *shlex.split(first)[2:], "--steps", 2, "--device", "cpu", "--out", tmp_path)
     assert len(commands) > 8 and Image.open(tmp_path / "layout_1_0.png").size == (64, 64)
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_commands_work_without_docstrings(name, capsys):
-    """As with PYTHONOPTIMIZE=2."""
-    with mock.patch.object(SCRIPTS[name], "__doc__", None):
-        assert "--help" in outcome(SCRIPTS[name], capsys, "--help")[1]
 
 
 def test_the_readme_table_of_shapes():

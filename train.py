@@ -667,12 +667,12 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         if isinstance(action.default, tuple):  # A:B
             return f"{action.help} (default: {':'.join(map(str, action.default))})"
-        has_default = action.default not in (None, False, True)
+        has_default = not isinstance(action.default, (bool, type(None)))
         return super()._get_help_string(action) if has_default else action.help
 
 
 def make_parser():
-    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False,
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                 formatter_class=HelpFormatter)
     p.error = refuse
     add_data_flags(p.add_argument_group("data, weights and files").add_argument)

@@ -216,8 +216,7 @@ def painter(models, port, examples, prompts, steps, cfg, precision=None, segment
     server.size = height, width
     server.precision = precision
     server.painting = threading.Lock()
-    port = "" if server.server_port == 80 else f":{server.server_port}"  # browsers leave 80 out
-    server.hosts = [f"localhost{port}", f"127.0.0.1{port}"]
+    server.hosts = [f"{host}:{server.server_port}" for host in ("localhost", "127.0.0.1")]
     return server
 
 

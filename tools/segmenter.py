@@ -193,7 +193,7 @@ def mixed_batches(args, real, extra, first):
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0],
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 allow_abbrev=False)
     p.error = refuse
     add = p.add_argument

@@ -69,10 +69,12 @@ TABLES = {  # name -> title, {row: flags of train.py}
         "OFT, ALDM": f"--init START/oft {K3}",
         "ControlNet, noise loss": NOISE_K3,
         "ControlNet, ALDM": K3}),
-    "long": ("Four times as long, K = 3: does the noise loss catch up?", {
+    "long": ("Four times as long: does the noise loss catch up?", {
         "noise loss": "--discriminator none --steps 3200",
-        "ALDM, a slower discriminator": f"{K3} --steps 1000 --lr-d 5e-5",
-        "ALDM, the discriminator frozen": f"{K3} --discriminator frozen --steps 1000"}),
+        "ALDM, K = 3, a slower discriminator": f"{K3} --steps 1000 --lr-d 5e-5",
+        "ALDM, K = 3, the discriminator frozen": f"{K3} --discriminator frozen --steps 1000",
+        "ALDM, K = 9, a slower discriminator": "--steps 1000 --lr-d 5e-5",
+        "ALDM, K = 9, the discriminator frozen": "--steps 1000 --discriminator frozen"}),
     "gradient": ("Where the gradient flows in the unrolled steps, K = 3", {
         "`first`": f"{K3} --unroll-grad first",
         "`each`": K3,

@@ -222,7 +222,7 @@ def discriminator_loss(real_logits, fake_logits, label, fake_weight):
     return real + fake_weight * fake, parts
 
 
-# -- mIoU ----------------------------------------------------------------------------------------
+# -- mIoU ------------------------------------------------------------------------------------------
 
 
 def confusion_matrix(pred, label, num_classes):

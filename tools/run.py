@@ -348,7 +348,7 @@ class Log:
         return self.dropped[-1]
 
 
-# -- JSON files, processes, errors -----------------------------------------------------------------
+# -- JSON files, signals, processes, errors --------------------------------------------------------
 
 
 def read_json(path):

@@ -258,7 +258,7 @@ class LayoutEncoder(nn.Module):
         return folded_class_hint(label, void + 1, cell, self.average), self.table
 
     def list_words(self, label, text):
-        """Sorts the tokens of the classes present to the front, END after them, and keeps 75: no
+        """Sort the tokens of the classes present to the front, END after them, and keep 75: no
         operation here makes the CPU wait for the GPU."""
         present = torch.zeros(len(label), 256, dtype=torch.bool, device=label.device)
         present.scatter_(1, label.flatten(1), True)
@@ -623,7 +623,7 @@ def count_outputs(state):
 
 
 def match_outputs(classes, ours, names, theirs):
-    """Maps each of our outputs to the pretrained output that initialises it, by the class's name.
+    """Map each of our outputs to the pretrained output that initialises it, by the class's name.
 
     ours, theirs    numbers of outputs for `classes` and `names`; one more than these is "fake"
     """

@@ -156,7 +156,7 @@ def read_classes(path, key):
 
 
 def fresh_colours(taken):
-    """Yields colours that are not in `taken`; the golden ratio keeps neighbours' hues apart."""
+    """Yield colours that are not in `taken`; the golden ratio keeps neighbours' hues apart."""
     for k in itertools.count():
         saturation = (0.9, 0.55, 0.75)[k % 3]
         value = (0.95, 0.75, 0.5, 0.85)[k % 4]

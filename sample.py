@@ -376,7 +376,7 @@ def list_missing(args, names, out):
 
 
 def load_jobs(args, model, layouts, missing):
-    """Yields the dicts that draw_pairs takes; each layout is read once."""
+    """Yield the dicts that draw_pairs takes; each layout is read once."""
     for i, images in itertools.groupby(missing, key=lambda image: image[0]):
         label, caption = load_layout(layouts, i, model, args.size)
         for _, name, template in images:
@@ -482,7 +482,7 @@ def draw_judged(model, dataset, folder, count, n=2, diverse=None, edits=None, se
 
 
 def draw_and_judge(args, model):
-    """--evaluate: draws images of a split's layouts into --out and judges them."""
+    """--evaluate: draw images of a split's layouts into --out, and judge them."""
     data = args.data or model.classes.key
     dataset = open_split(args, data, args.split, model.preset)
     judges = choose_judges(args, model.classes, model.preset)
@@ -501,7 +501,7 @@ def draw_and_judge(args, model):
 
 
 def judge_only(args):
-    """--evaluate FOLDER: judges the images there; --data has the real ones."""
+    """--evaluate FOLDER: judge the images there; --data has the real ones."""
     classes = class_table(args.evaluate)
     preset = PRESETS["toy" if split_key(args.data)[0] == "toy" else "sd15"]
     dataset = None

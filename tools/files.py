@@ -46,7 +46,7 @@ def attempt(function, name):
 
 
 def try_all(function, names, title):
-    """Calls function(name) for each name, in threads -> {name: result}, {name: InputError}."""
+    """Call function(name) for each name, in threads -> {name: result}, {name: InputError}."""
     with ThreadPoolExecutor() as pool:
         results = pool.map(partial(attempt, function), names)
         results = tqdm(results, title, len(names), leave=False, disable=len(names) <= 500)
@@ -56,7 +56,7 @@ def try_all(function, names, title):
 
 
 def report(broken, total, what, skip_broken):
-    """Raises InputError with the first five of the broken ones; skip_broken: a note on them."""
+    """Raise InputError with the first five of the broken ones; skip_broken: a note on them."""
     if not broken:
         return []
     first = [str(error) for error in broken.values()][:5]
@@ -71,7 +71,7 @@ def report(broken, total, what, skip_broken):
 
 @contextlib.contextmanager
 def opened(file, name):
-    """Yields the PIL.Image of a path or a binary file, with only the header read.
+    """Yield the PIL.Image of a path or a binary file, with only the header read.
 
     Whatever goes wrong, in decoding too, is raised as an InputError that begins with `name`.
     """
@@ -158,7 +158,7 @@ def find_images(folder, suffixes=(".png",)):
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yields a temporary path beside `path`, whose file replaces `path` once it is on the disk.
+    """Yield a temporary path beside `path`, whose file replaces `path` once it is on the disk.
 
     If anything fails, it is removed and `path` is unchanged.
     """
@@ -175,7 +175,7 @@ def atomic(path):
 
 
 def remove_leftovers(folder):
-    """Removes the half-written files of killed processes. The caller holds the folder's lock, so
+    """Remove the half-written files of killed processes. The caller holds the folder's lock, so
     nobody else is writing there."""
     for path in Path(folder).glob(".*.part"):
         path.unlink(missing_ok=True)

@@ -197,7 +197,7 @@ def find_samples(folder, names=None):
 
 
 def load_samples(samples, classes, k=0, kind="images"):
-    """Yields the k-th sample of each layout that has one, or its picture in the folder of another
+    """Yield the k-th sample of each layout that has one, or its picture in the folder of another
     kind -> dict of name, image [3,H,W] in [-1,1], label [H,W], caption or None."""
     for name, files in samples.items():
         if k >= len(files):

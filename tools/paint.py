@@ -124,7 +124,7 @@ class PageHandler(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(line).encode() + b"\n")
 
     def check_origin(self):
-        """Refuses pages of other sites, whether they use their own name or one that points here."""
+        """Refuse pages of other sites, whether they use their own name or one that points here."""
         hosts = self.server.hosts
         origins = [None, *(f"http://{host}" for host in hosts)]
         if self.headers["Host"] not in hosts or self.headers["Origin"] not in origins:

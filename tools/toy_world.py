@@ -149,7 +149,7 @@ class Street:
         return int(kerb - away if is_left else kerb + away)
 
     def shade_ground(self):
-        """Shades the ground. Sets .light, .label, .far, and the masks .ground, .small -> image."""
+        """Shade the ground; set .light, .label, .far, and the masks .ground, .small -> image."""
         image, self.light, self.label, far = map(np.asarray, self.canvases)
         self.ground = np.isin(self.label, GROUND)[..., None]
         self.small = np.isin(self.label, SMALL)[..., None]
@@ -437,7 +437,7 @@ WEATHER = {"day": add_day, "night": add_night, "fog": add_fog, "snow": add_snow,
 
 
 def cover_with_void(street):
-    """Adds void, which real labels have too: a strip at the lower edge, a patch anywhere."""
+    """Add void, which real labels have too: a strip at the lower edge, a patch anywhere."""
     label = street.label.copy()
     if street.chance() < 0.2:
         label[-street.rng.integers(2, 5):] = VOID
@@ -498,7 +498,7 @@ def toy_edit(caption, i):
 
 
 def write_split(folder, split, scenes):
-    """Draws one split in Cityscapes' form, with captions_{split}.json and edits_{split}.json.
+    """Draw one split in Cityscapes' form, with captions_{split}.json and edits_{split}.json.
 
     scenes: list of (seed, domain). edits_{split}.json holds the evaluation's edited prompts:
     {"targets": the domains, "edits": {name: [prompt, target]}}.

@@ -4818,7 +4818,7 @@ def test_bench_judges_where_a_mean_draw_does():
     assert bench.mean_draw(3, 9) == [1, 2, 3] and bench.mean_draw(0, 2) == []
 
 
-def test_what_a_lent_accelerator_is_asked(tmp_path):
+def test_what_a_rented_gpu_is_asked(tmp_path):
     """The commands of --all are commands; each gets the time that is left."""
     for command in bench.list_commands(bench_args(f"--out {tmp_path}")):
         script, *flags = shlex.split(command)

@@ -3,7 +3,7 @@
     python tools/bench.py                             the toy's step
     python tools/bench.py --preset sd15 --size 256 --batch 1
     python tools/bench.py --preset sd15 --sample 512x1024
-    python tools/bench.py --preset sd15 --all         all of it on an accelerator, ten minutes
+    python tools/bench.py --preset sd15 --all         all of it on a rented GPU, ten minutes
 
 A step is measured in three compositions on the same networks, in turn: the official one
 (`official_step`, whose docstring lists what ours saves), ours (`train.train_step`), and "cached",
@@ -336,7 +336,7 @@ def run_all(args):
 
 
 def list_commands(args):
-    """What is worth measuring on a lent accelerator, the most important first."""
+    """What is worth measuring on a rented GPU, the most important first."""
     bench = (f"tools/bench.py --preset {args.preset} --size {args.size} --batch {args.batch} "
              f"--unroll {args.unroll} --repeat {args.repeat} --device {args.device}")
     folder = shlex.quote(str(Path(args.out).resolve()))
@@ -382,7 +382,7 @@ def parse_args(argv=None):
     add = p.add_argument_group("an image").add_argument
     add("--sample", type=extent, metavar="HxW", help="measure an image of this size")
     add("--steps", type=whole(1, 1000), default=25, help="DDIM steps (25)")
-    add = p.add_argument_group("a lent accelerator").add_argument
+    add = p.add_argument_group("a rented GPU").add_argument
     add("--all", action="store_true", help="steps in bf16 and fp32, compiled or not, an image, the "
         "tests with cuda in their names, and the toy's base as far as it comes")
     add("--minutes", type=number(0, exclusive=True), default=10, help="for all of that (10)")

@@ -44,8 +44,9 @@ from unet import ResBlock, SpatialTransformer
 from vae import ResnetBlock
 
 # The settings of each data set. A flag of the same name, where there is one, overrides a setting.
-# Those of Cityscapes and ADE20K are the official training's. A folder of one's own has Cityscapes',
-# and --preset toy has the toy's.
+# Those of Cityscapes and ADE20K are the official training's, except for `judged`. COCO-Stuff, for
+# which there is no official training, has ADE20K's, a folder of one's own Cityscapes', and --preset
+# toy the toy's.
 CITYSCAPES = dict(
     preset="sd15",          # size of the networks
     size=512,               # side of the crops, pixels
@@ -536,24 +537,27 @@ def judge_start(run, model, judges, args):
 
 
 def finish(run, model, judges, before, args):
-    """Judge the trained adapter: a table, and judged.json. Then say what to do with it."""
+    """Judge the trained adapter if there are judges: a table, and judged.json. Then say how to use
+    it."""
     path = run.out / "judged.json"
     if not run.did and (judges is None or (read_json(path) or {}).get("step") == args.steps):
         note(f"{run.out}: finished already, nothing is changed")
         return
-    if rank() == 0:
-        draw_curves(run.out / "log.csv", run.out / "curves.png")  # with the last step's losses
-    if judges is None:
+    if rank() > 0:
         return
-    note(f"judging what has been trained, on {args.eval} layouts")
-    after = judge(model, judges, args)
-    # extrapolated to the whole training if this process resumed it
-    after["seconds"] = run.seconds * args.steps / run.did if run.did else None
-    after["step"] = args.steps
-    write_text(path, json.dumps({**after, "before": before}, indent=1))
-    print_table(before, after)
-    print(f"\nTry it:\n  python sample.py --adapter {run.out} --layout assets/layout_1.png "
-          f'--prompt "a street at night"\n  python tools/paint.py --adapter {run.out}')
+    draw_curves(run.out / "log.csv", run.out / "curves.png")  # with the last step's losses
+    if judges is not None:
+        note(f"judging what has been trained, on {args.eval} layouts")
+        after = judge(model, judges, args)
+        # extrapolated to the whole training if this process resumed it
+        after["seconds"] = run.seconds * args.steps / run.did if run.did else None
+        after["step"] = args.steps
+        write_text(path, json.dumps({**after, "before": before}, indent=1))
+        print_table(before, after)
+    adapter = f"--adapter {run.out}" + (f" --sd {args.sd}" if args.sd else "")
+    layout = "assets/layout_1.png" if model.classes.key == "toy" else "FILE"
+    print(f"\nTry it:\n  python sample.py {adapter} --layout {layout} "
+          f'--prompt "a street at night"\n  python tools/paint.py {adapter}')
 
 
 FIGURES = {  # a column of our tables -> its key in judged.json

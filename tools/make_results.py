@@ -39,7 +39,6 @@ STARTS = {
 }
 NOISE = "--discriminator none --steps 1000"  # takes as long as 250 steps of ALDM
 K3 = "--unroll 3 --judged 3"
-NOISE_K3 = "--discriminator none --steps 800"  # takes as long as 250 steps of ALDM with K3
 TABLES = {  # name -> title, {row: flags of train.py}
     "main": ("Noise loss and ALDM for the same time, both from the shipped ControlNet", {
         "noise loss": NOISE,
@@ -62,34 +61,35 @@ TABLES = {  # name -> title, {row: flags of train.py}
         "FreestyleNet": "START/freestyle",
         "FreestyleNet, longer": f"--init START/freestyle {NOISE}",
         "T2I-Adapter": "START/t2i",
-        "T2I-Adapter, noise loss": f"--init START/t2i {NOISE_K3}",
-        "T2I-Adapter, ALDM": f"--init START/t2i {K3}",
+        "T2I-Adapter, noise loss": f"--init START/t2i {NOISE}",
+        "T2I-Adapter, ALDM": "--init START/t2i",
         "OFT": "START/oft",
-        "OFT, noise loss": f"--init START/oft {NOISE_K3}",
-        "OFT, ALDM": f"--init START/oft {K3}",
-        "ControlNet, noise loss": NOISE_K3,
-        "ControlNet, ALDM": K3}),
+        "OFT, noise loss": f"--init START/oft {NOISE}",
+        "OFT, ALDM": "--init START/oft",
+        "ControlNet, noise loss": NOISE,
+        "ControlNet, ALDM": ""}),
     "long": ("Four times as long: does the noise loss catch up?", {
-        "noise loss": "--discriminator none --steps 3200",
+        "noise loss": "--discriminator none --steps 4000",
+        "noise loss, as long as K = 3": "--discriminator none --steps 3200",
         "ALDM, K = 3, a slower discriminator": f"{K3} --steps 1000 --lr-d 5e-5",
         "ALDM, K = 3, the discriminator frozen": f"{K3} --discriminator frozen --steps 1000",
         "ALDM, K = 9, a slower discriminator": "--steps 1000 --lr-d 5e-5",
         "ALDM, K = 9, the discriminator frozen": "--steps 1000 --discriminator frozen"}),
-    "gradient": ("Where the gradient flows in the unrolled steps, K = 3", {
-        "`first`": f"{K3} --unroll-grad first",
-        "`each`": K3,
-        "`full`": f"{K3} --unroll-grad full"}),
+    "gradient": ("Where the gradient flows in the unrolled steps", {
+        "`first`": "--unroll-grad first",
+        "`each` (default)": "",
+        "`full`": "--unroll-grad full"}),
     "discriminator": ("The discriminator", {
         "trained": "",
         "frozen": "--discriminator frozen",
         "none, the noise loss alone": NOISE}),
-    "lambda": ("lambda_adv, and the weight of the fake term, K = 3", {
-        "lambda 0.3": f"{K3} --lambda-adv 0.3",
-        "lambda 1 (default)": K3,
-        "lambda 2": f"{K3} --lambda-adv 2",
-        "lambda 4": f"{K3} --lambda-adv 4",
-        "fake weight 0.1": f"{K3} --fake-weight 0.1",
-        "fake weight 0.001": f"{K3} --fake-weight 0.001"}),
+    "lambda": ("lambda_adv, and the weight of the fake term", {
+        "lambda 0.3": "--lambda-adv 0.3",
+        "lambda 1, fake weight 0.01 (default)": "",
+        "lambda 2": "--lambda-adv 2",
+        "lambda 4": "--lambda-adv 4",
+        "fake weight 0.1": "--fake-weight 0.1",
+        "fake weight 0.001": "--fake-weight 0.001"}),
 }
 PROMPTS = ("a street at night", "a street in fog", "a street in snow", "a street in rain")
 

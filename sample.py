@@ -350,13 +350,16 @@ def open_output(args, model):
     check_made(out, settings)
     lock = os.open(out, os.O_RDONLY)
     try:
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):  # another shard is at work, or there are no locks here
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for folder in (out, make_folder(out / "images"), make_folder(out / "labels")):
+            for folder in (out, out / "images", out / "labels"):
                 remove_leftovers(folder)
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        write_text(out / "made.json", json.dumps(settings, indent=1))
+        with contextlib.suppress(OSError):  # some network file systems have no locks on folders
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        write_text(out / "made.json", json.dumps(settings, indent=1))  # before what it speaks of
         write_text(out / "classes.txt", classes_text(model.classes))
+        make_folder(out / "images")
+        make_folder(out / "labels")
         yield out
     finally:
         os.close(lock)

@@ -77,6 +77,9 @@ SHARED = HERE.parent / "shared"
 needs_shared = pytest.mark.skipif(not (SHARED / "golden").is_dir(),
                                   reason="the folder ../shared is not there")
 torch.set_num_threads(2)
+# Ignored in a script's background and under nohup, and then by what the tests start, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def launch(module, *argv):
@@ -2550,6 +2553,12 @@ def test_a_data_set_is_continued(cli, tmp_path, make_flags):
     assert all(alike(before[name], after[name]) for name in before)
 
 
+def test_a_data_set_on_a_disk_without_locks(cli, make_flags, monkeypatch):
+    missing = mock.Mock(side_effect=OSError(38, "Function not implemented"))
+    monkeypatch.setattr(fcntl, "flock", missing)
+    assert "1 new images" in cli(*make_flags, "--limit", 1, "--prompts", "night")[1]
+
+
 @pytest.mark.parametrize("flags, word", [
     ("--prompts day", "night scene"), ("--cfg 2", "cfg 1"), ("--ids own", "ids None"),
     ("--out in", "contains the layouts"), ("--adapter other.safetensors", "step 1000")])
@@ -2800,6 +2809,9 @@ def test_clip_scores_captions_and_edits(red_world):
     result = judge_folder(w.folder, w.dataset, judges, batch=2)
     assert result["clip_score"] == 2  # the mean of 0 .. 4
     assert result["editability_of"] == {"p": 1, "q": 0} and result["editability"] == 0.6
+    edits = {"targets": ["p"], "edits": {f"x{i}": ["!", "p"] for i in range(5)}}
+    (w.folder / "edits.json").write_text(json.dumps(edits))
+    assert judge_folder(w.folder, w.dataset, judges)["editability"] is None  # no choice, no figure
 
 
 def test_drawing_what_is_judged(toy_model, toy_world, tmp_path):

@@ -290,13 +290,15 @@ def ask_clip(judges, items, batch):
 
 def ask_about_edits(judges, items, edits, dataset, batch):
     """Do images of edited prompts show their target? -> editability, the share that do, of all and
-    of each target. The classifier knows the data set's own targets, CLIP any."""
+    of each target. The classifier knows the data set's own targets, CLIP any. None for a single
+    target: there is nothing to confuse it with."""
     targets = edits["targets"]
     score = judges.clip and partial(judges.clip, texts=targets)
     if dataset is not None and dataset.edits and dataset.edits["targets"] == targets:
         score = judges.classifier or score
     hits = {target: [] for target in targets}
-    items = (item for item in items if score and item["name"] in edits["edits"])
+    is_asked = score and len(targets) > 1
+    items = (item for item in items if is_asked and item["name"] in edits["edits"])
     for group in same_size(items, batch):
         seen = score(stack_images(group, judges.device)).argmax(1).tolist()
         for item, answer in zip(group, seen):

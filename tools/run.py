@@ -418,6 +418,13 @@ def start_processes(args):
         args.device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
 
 
+def end_processes():
+    """Leave the other processes. Otherwise one that ends first, while rank 0 still judges, may abort
+    as Python exits, and torchrun would then stop rank 0."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def run_command(name, main):
     """Run a command line. An expected error becomes one line on stderr and an exit code: 2 for
     wrong input, 1 for a run that could not continue. A signal ends it after cleaning up, with
@@ -440,7 +447,11 @@ def run_command(name, main):
             raise
         code = 1
         text = "out of memory; use a smaller --batch or --size"
+    except SystemExit:  # a run that a signal has stopped
+        end_processes()
+        raise
     else:
+        end_processes()
         return
     finally:
         restore_signals(handlers)

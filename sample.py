@@ -356,7 +356,8 @@ def open_output(args, model):
                 remove_leftovers(folder)
         with contextlib.suppress(OSError):  # some network file systems have no locks on folders
             fcntl.flock(lock, fcntl.LOCK_SH)
-        write_text(out / "made.json", json.dumps(settings, indent=1))  # before what it speaks of
+        write_text(out / "made.json", json.dumps(settings, indent=1))
+        # After it: check_made takes a folder with these alone for somebody else's.
         write_text(out / "classes.txt", classes_text(model.classes))
         make_folder(out / "images")
         make_folder(out / "labels")

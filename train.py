@@ -45,8 +45,8 @@ from vae import ResnetBlock
 
 # The settings of each data set. A flag of the same name, where there is one, overrides a setting.
 # Those of Cityscapes and ADE20K are the official training's, except for `judged`. COCO-Stuff, for
-# which there is no official training, has ADE20K's, a folder of one's own Cityscapes', and --preset
-# toy the toy's.
+# which there is no official script, has ADE20K's; a folder of one's own has Cityscapes'; --preset
+# toy has the toy's.
 CITYSCAPES = dict(
     preset="sd15",          # size of the networks
     size=512,               # side of the crops, pixels

@@ -419,8 +419,8 @@ def start_processes(args):
 
 
 def end_processes():
-    """Leave the other processes. Otherwise one that ends first, while rank 0 still judges, may abort
-    as Python exits, and torchrun would then stop rank 0."""
+    """Leave the processes' group. One that ends first, while rank 0 still judges, may otherwise
+    abort as Python exits, and torchrun then stops rank 0."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
